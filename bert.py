@@ -1,0 +1,568 @@
+"""BERT from scratch: one encoder that is BERT, RoBERTa or DistilBERT, and the files it is kept in.
+
+Small to large: attention -> layer -> embeddings -> Bert -> MLMHead -> BertForMaskedLM, then safetensors read and
+written byte by byte, then the tables that translate the three families' tensor names into ours and back. Hidden
+states and masked-LM logits equal transformers' within 1e-5 (tests/test_bert.py).
+
+Letters, the same in every file:
+    B  sentences (rows) in a batch        D  hidden size, config.hidden_size
+    T  tokens in a row, padding included  H  attention heads
+    N  layers                             V  vocabulary size (in data.py and diffcse.py: views of a sentence)
+
+Paper: Devlin et al. 2019 (BERT), Liu et al. 2019 (RoBERTa), Sanh et al. 2019 (DistilBERT).
+Not here: token types other than 0, decoders and cross-attention, relative positions, activations other than
+erf-GELU. config.json files that ask for one of these are refused.
+"""
+
+import json
+import math
+import mmap
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class UserError(ValueError):
+    """A mistake of the user's: one line that says what is wrong, where, and what to do. Exit code 2."""
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Configuration: the families differ by numbers only
+
+
+@dataclass
+class BertConfig:
+    """Sizes and rates of one encoder, under the names that Hugging Face's config.json uses (defaults: bert-base)."""
+
+    model_type: str = "bert"  # bert, roberta or distilbert
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 512  # RoBERTa: 514, of which the first pad_token_id + 1 are never used
+    type_vocab_size: int = 2  # RoBERTa: 1; DistilBERT: 0, it has no token types
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        if self.model_type not in FAMILIES:
+            raise UserError(f"model_type is {self.model_type!r}: only {', '.join(FAMILIES)} are known here")
+        for name in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)!r}: it must be a whole number above 0")
+        for name in ("num_hidden_layers", "type_vocab_size"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)!r}: it must be a whole number, 0 or above")
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}")
+        if not isinstance(self.pad_token_id, int) or not 0 <= self.pad_token_id < self.vocab_size:
+            raise UserError(f"pad_token_id is {self.pad_token_id!r}: it must be an id of the vocabulary")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)!r}: it must be at least 0 and below 1")
+
+    @classmethod
+    def from_dict(cls, raw: dict) -> "BertConfig":
+        """From a parsed config.json of any of the three families. Raises UserError for what is not supported."""
+        raw = dict(raw)
+        family = raw.get("model_type", "bert")
+        if family == "distilbert":  # the same things under other names
+            other_names = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
+                           "hidden_dim": "intermediate_size", "dropout": "hidden_dropout_prob",
+                           "attention_dropout": "attention_probs_dropout_prob", "activation": "hidden_act"}  # fmt: skip
+            defaults = {"n_layers": 6}
+            raw = {other_names.get(name, name): value for name, value in (defaults | raw).items()}
+            raw.update(type_vocab_size=0, layer_norm_eps=1e-12)
+        elif family == "roberta":
+            raw = {"vocab_size": 50265, "pad_token_id": 1, "max_position_embeddings": 512, "type_vocab_size": 2} | raw
+        if raw.get("hidden_act", "gelu") != "gelu":
+            raise UserError(f"hidden_act is {raw['hidden_act']!r}: only 'gelu' (the erf one) is built here")
+        if raw.get("position_embedding_type", "absolute") != "absolute" or raw.get("sinusoidal_pos_embds"):
+            raise UserError("only learned absolute position embeddings are built here")
+        return cls(**{name: raw[name] for name in cls.__dataclass_fields__ if name in raw})
+
+    def to_dict(self) -> dict:
+        """As config.json, with the fields that transformers needs to load the folder."""
+        raw = {**asdict(self), "hidden_act": "gelu", "architectures": [FAMILIES[self.model_type].architecture],
+               "tie_word_embeddings": True}  # fmt: skip
+        if self.model_type == "distilbert":
+            raw |= {"dim": self.hidden_size, "n_layers": self.num_hidden_layers, "n_heads": self.num_attention_heads,
+                    "hidden_dim": self.intermediate_size, "dropout": self.hidden_dropout_prob,
+                    "attention_dropout": self.attention_probs_dropout_prob, "activation": "gelu"}  # fmt: skip
+        return raw
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The network, from small to large
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention over a padded batch. Shapes: (B, T, D), mask (B, 1, 1, T) -> (B, T, D)."""
+
+    def __init__(self, cfg: BertConfig):
+        super().__init__()
+        self.heads, self.dropout = cfg.num_attention_heads, cfg.attention_probs_dropout_prob
+        self.query = nn.Linear(cfg.hidden_size, cfg.hidden_size)
+        self.key = nn.Linear(cfg.hidden_size, cfg.hidden_size)
+        self.value = nn.Linear(cfg.hidden_size, cfg.hidden_size)
+        self.output = nn.Linear(cfg.hidden_size, cfg.hidden_size)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        B, T, D = x.shape
+        q, k, v = (
+            project(x).view(B, T, self.heads, D // self.heads).transpose(1, 2)  # (B, T, D) -> (B, H, T, D/H)
+            for project in (self.query, self.key, self.value)
+        )
+        dropout = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # (B, H, T, D/H)
+        return self.output(x.transpose(1, 2).reshape(B, T, D))  # (B, T, D)
+
+
+class Layer(nn.Module):
+    """Attention and a two-layer perceptron, each followed by add-and-norm ("post-LN"). Shapes: (B, T, D) -> same."""
+
+    def __init__(self, cfg: BertConfig):
+        super().__init__()
+        self.attention = SelfAttention(cfg)
+        self.attention_norm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
+        self.up = nn.Linear(cfg.hidden_size, cfg.intermediate_size)
+        self.down = nn.Linear(cfg.intermediate_size, cfg.hidden_size)
+        self.norm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
+        # DistilBERT has no dropout between attention and its residual sum: seen only in training, easily missed.
+        self.attention_dropout = nn.Dropout(0.0 if cfg.model_type == "distilbert" else cfg.hidden_dropout_prob)
+        self.dropout = nn.Dropout(cfg.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = self.attention_norm(x + self.attention_dropout(self.attention(x, mask)))
+        return self.norm(x + self.dropout(self.down(F.gelu(self.up(x)))))  # T x D -> T x 4D -> T x D
+
+
+class Embeddings(nn.Module):
+    """Word + position (+ token type 0), normalised. Shapes: ids (B, T) -> (B, T, D)."""
+
+    def __init__(self, cfg: BertConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.word = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.position = nn.Embedding(cfg.max_position_embeddings, cfg.hidden_size)
+        self.token_type = nn.Embedding(cfg.type_vocab_size, cfg.hidden_size) if cfg.type_vocab_size else None
+        self.norm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
+        self.dropout = nn.Dropout(cfg.hidden_dropout_prob)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.cfg.model_type == "roberta":  # counted over what is not padding, from pad_token_id + 1 (SPEC 8)
+            real = (ids != self.cfg.pad_token_id).long()
+            positions = real.cumsum(1) * real + self.cfg.pad_token_id  # (B, T)
+        else:
+            positions = torch.arange(ids.shape[1], device=ids.device)  # (T,)
+        x = self.word(ids) + self.position(positions)
+        if self.token_type is not None:
+            x = x + self.token_type.weight[0]  # one segment: every token is of type 0
+        return self.dropout(self.norm(x))
+
+
+class Bert(nn.Module):
+    """The encoder. Its weights start at N(0, initializer_range); `load_bert` puts pretrained ones in their place."""
+
+    def __init__(self, cfg: BertConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.embeddings = Embeddings(cfg)
+        self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_hidden_layers))
+        self.pooler: nn.Linear | None = None  # set by load_bert where the file has one; only pooling "cls" uses it
+        self.apply(self._init)
+
+    def _init(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.cfg.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    @property
+    def max_length(self) -> int:
+        """The longest row, in tokens, that the position embeddings allow."""
+        offset = self.cfg.pad_token_id + 1 if self.cfg.model_type == "roberta" else 0
+        return self.cfg.max_position_embeddings - offset
+
+    @property
+    def device(self) -> torch.device:
+        return self.embeddings.word.weight.device
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None, cls_vector: Tensor | None = None,
+                all_layers: bool = False) -> Tensor | list[Tensor]:  # fmt: skip
+        """Encode a padded batch.
+
+        Shapes: ids (B, T) int64; mask (B, T), nonzero where a token is real (None: everywhere); cls_vector (B, D).
+            Returns the last layer (B, T, D), or with all_layers the list X_0 (embedding output), X_1 .. X_N.
+        cls_vector takes the place of position 0 AFTER the embeddings' LayerNorm and dropout, so that nothing of
+            the [CLS] token itself is left: this is how the discriminator is told h (SPEC 3).
+        """
+        x = self.embeddings(ids)  # (B, T, D)
+        if cls_vector is not None:
+            x = torch.cat([cls_vector.to(x.dtype)[:, None, :], x[:, 1:, :]], dim=1)  # (B, T, D)
+        if mask is not None:
+            mask = mask.bool()[:, None, None, :]  # (B, 1, 1, T): every head and query sees the same keys
+        states = [x]
+        for layer in self.layers:
+            x = layer(x, mask)
+            if all_layers:
+                states.append(x)
+        return states if all_layers else x
+
+    def set_dropout(self, p: float) -> None:
+        """Use rate p in place of the two rates of the config."""
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = p
+            if isinstance(module, SelfAttention):
+                module.dropout = p
+            if isinstance(module, Layer) and self.cfg.model_type == "distilbert":
+                module.attention_dropout.p = 0.0
+
+
+class MLMHead(nn.Module):
+    """From the last layer to a score for every word: dense, GELU, LayerNorm, then the word embeddings again.
+
+    Shapes: (..., D) and the word embeddings (V, D) -> (..., V).
+    """
+
+    def __init__(self, cfg: BertConfig):
+        super().__init__()
+        self.dense = nn.Linear(cfg.hidden_size, cfg.hidden_size)
+        self.norm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(cfg.vocab_size))
+
+    def forward(self, x: Tensor, words: Tensor) -> Tensor:
+        return F.linear(self.norm(F.gelu(self.dense(x))), words, self.bias)
+
+
+class BertForMaskedLM(nn.Module):
+    """Encoder and MLM head. The decoder is the encoder's own word matrix, so there is nothing to re-tie."""
+
+    def __init__(self, cfg: BertConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.bert = Bert(cfg)
+        self.head = MLMHead(cfg)
+        self.head.apply(self.bert._init)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Shapes: ids, mask (B, T) -> logits (B, T, V)."""
+        return self.head(self.bert(ids, mask), self.bert.embeddings.word.weight)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# safetensors: 8 bytes of length, a JSON header, the bytes of the tensors. github.com/huggingface/safetensors
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+}  # fmt: skip
+MAX_HEADER = 100_000_000  # bytes; the reference library's own limit
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """Every tensor of one file, memory-mapped: nothing is read from the disk before it is used.
+
+    The tensors share memory with the file, privately: what is written into one never reaches the disk.
+    Raises: UserError that names the file and what is wrong, before anything the size of a lie is allocated.
+    """
+    path = Path(path)
+
+    def broken(what: str) -> UserError:
+        return UserError(f"{path}: not a whole safetensors file: {what}; copy or download it again")
+
+    def unique(pairs: list) -> dict:
+        if len(pairs) != len({name for name, _ in pairs}):
+            raise broken("a name stands twice in its header")
+        return dict(pairs)
+
+    size = path.stat().st_size
+    if size < 8:
+        raise broken(f"it has {size} bytes, and the length of the header alone takes 8")
+    with open(path, "rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    header_size = int.from_bytes(data[:8], "little")
+    if header_size > min(size - 8, MAX_HEADER):
+        raise broken(f"its header claims {header_size} bytes and the file has {size}")
+    try:
+        header = json.loads(data[8 : 8 + header_size].decode("utf-8"), object_pairs_hook=unique)
+        header.pop("__metadata__", None)
+        spans = sorted((*(int(o) for o in entry["data_offsets"]), name) for name, entry in header.items())
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise broken(f"its header cannot be read ({type(error).__name__}: {error})") from None
+
+    tensors, start, end_of_data = {}, 0, size - 8 - header_size
+    for begin, end, name in spans:
+        entry = header[name]
+        dtype, shape = entry.get("dtype"), entry.get("shape")
+        if dtype not in DTYPES:
+            raise broken(f"tensor {name!r} is of type {dtype!r}; known are {', '.join(DTYPES)}")
+        if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape):
+            raise broken(f"tensor {name!r} has the shape {shape!r}")
+        if begin != start or end < begin or end > end_of_data:
+            raise broken(f"tensor {name!r} lies at {begin}..{end}, but {start}..{end_of_data} is what is left")
+        numel = math.prod(shape)
+        if numel * DTYPES[dtype].itemsize != end - begin:
+            raise broken(f"tensor {name!r} of shape {shape} and type {dtype} does not fill its {end - begin} bytes")
+        if numel:
+            flat = torch.frombuffer(data, dtype=torch.uint8, offset=8 + header_size + begin, count=end - begin)
+            # The format allows a header of any length, so tensors may start where their type may not: copy those.
+            flat = flat.clone() if flat.data_ptr() % DTYPES[dtype].itemsize else flat
+            tensors[name] = flat.view(DTYPES[dtype]).view(shape)
+        else:
+            tensors[name] = torch.empty(shape, dtype=DTYPES[dtype])
+        start = end
+    if start != end_of_data:
+        raise broken(f"{end_of_data - start} bytes at its end belong to no tensor")
+    return tensors
+
+
+def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """Write one file, whole or not at all. The layout is the reference library's: widest types first, then names."""
+    names_of_types = {dtype: name for name, dtype in DTYPES.items()}
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header, start = {"__metadata__": {"format": "pt"}}, 0  # transformers refuses files without this format entry
+    for name in order:
+        tensor = tensors[name]
+        end = start + tensor.numel() * tensor.dtype.itemsize
+        header[name] = {"dtype": names_of_types[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data begins at a multiple of 8
+
+    def write(file) -> None:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
+
+    write_atomically(path, write)
+
+
+def write_atomically(path: str | Path, content) -> None:
+    """Write a file under a temporary name, force it to the disk, then rename: never half-written.
+
+    content is text, bytes, or a function that writes to the open binary file. Raises UserError if the disk says no.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error.strerror or error}; what was there before is unharmed") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Names: the three families call the same tensors by other names
+
+
+@dataclass
+class Family:
+    """How one family names tensors. Templates map our names to theirs; {i} is a layer's number."""
+
+    architecture: str  # the class that transformers loads a folder with
+    prefix: str  # in front of the encoder's names where the file holds a head too
+    encoder: dict[str, str]
+    head: dict[str, str]
+    decoder: str  # where some files repeat the word embeddings; most leave it out
+
+
+_BERT_NAMES = {
+    "embeddings.word": "embeddings.word_embeddings",
+    "embeddings.position": "embeddings.position_embeddings",
+    "embeddings.token_type": "embeddings.token_type_embeddings",
+    "embeddings.norm": "embeddings.LayerNorm",
+    "layers.{i}.attention.query": "encoder.layer.{i}.attention.self.query",
+    "layers.{i}.attention.key": "encoder.layer.{i}.attention.self.key",
+    "layers.{i}.attention.value": "encoder.layer.{i}.attention.self.value",
+    "layers.{i}.attention.output": "encoder.layer.{i}.attention.output.dense",
+    "layers.{i}.attention_norm": "encoder.layer.{i}.attention.output.LayerNorm",
+    "layers.{i}.up": "encoder.layer.{i}.intermediate.dense",
+    "layers.{i}.down": "encoder.layer.{i}.output.dense",
+    "layers.{i}.norm": "encoder.layer.{i}.output.LayerNorm",
+    "pooler": "pooler.dense",
+}
+_DISTILBERT_NAMES = {
+    "embeddings.word": "embeddings.word_embeddings",
+    "embeddings.position": "embeddings.position_embeddings",
+    "embeddings.norm": "embeddings.LayerNorm",
+    "layers.{i}.attention.query": "transformer.layer.{i}.attention.q_lin",
+    "layers.{i}.attention.key": "transformer.layer.{i}.attention.k_lin",
+    "layers.{i}.attention.value": "transformer.layer.{i}.attention.v_lin",
+    "layers.{i}.attention.output": "transformer.layer.{i}.attention.out_lin",
+    "layers.{i}.attention_norm": "transformer.layer.{i}.sa_layer_norm",
+    "layers.{i}.up": "transformer.layer.{i}.ffn.lin1",
+    "layers.{i}.down": "transformer.layer.{i}.ffn.lin2",
+    "layers.{i}.norm": "transformer.layer.{i}.output_layer_norm",
+}
+FAMILIES = {
+    "bert": Family("BertForMaskedLM", "bert.", _BERT_NAMES, {
+        "dense": "cls.predictions.transform.dense", "norm": "cls.predictions.transform.LayerNorm",
+        "bias": "cls.predictions.bias"}, "cls.predictions.decoder.weight"),
+    "roberta": Family("RobertaForMaskedLM", "roberta.", _BERT_NAMES, {
+        "dense": "lm_head.dense", "norm": "lm_head.layer_norm", "bias": "lm_head.bias"}, "lm_head.decoder.weight"),
+    "distilbert": Family("DistilBertForMaskedLM", "distilbert.", _DISTILBERT_NAMES, {
+        "dense": "vocab_transform", "norm": "vocab_layer_norm", "bias": "vocab_projector.bias"}, "vocab_projector.weight"),
+}  # fmt: skip
+
+
+def _their_name(ours: str, table: dict[str, str]) -> str:
+    """layers.3.up.weight -> encoder.layer.3.intermediate.dense.weight"""
+    if ours in table:  # the head's bias is a parameter of its own
+        return table[ours]
+    stem, _, kind = ours.rpartition(".")  # kind: weight or bias
+    number = re.search(r"\.(\d+)\.", stem)
+    template = re.sub(r"\.\d+\.", ".{i}.", stem)
+    return table[template].replace("{i}", number[1] if number else "") + "." + kind
+
+
+def to_hf(model: Bert | BertForMaskedLM) -> dict[str, Tensor]:
+    """The model's tensors under Hugging Face's names, prefixed as in a file that holds a head."""
+    bert = model if isinstance(model, Bert) else model.bert
+    family = FAMILIES[bert.cfg.model_type]
+    tensors = {family.prefix + _their_name(k, family.encoder): v for k, v in bert.state_dict().items()}
+    if isinstance(model, BertForMaskedLM):  # without the decoder: it is the word embeddings, as in HF's own files
+        tensors |= {_their_name(k, family.head): v for k, v in model.head.state_dict().items()}
+    return tensors
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Folders: config.json + model.safetensors, as Hugging Face keeps them
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises UserError that names the file and the line."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {error.lineno}: not JSON: {error.msg}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object in braces, found {type(value).__name__}")
+    return value
+
+
+def load_config(folder: str | Path) -> BertConfig:
+    """The folder's config.json. Raises UserError that names it."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a model folder: it has no config.json")
+    try:
+        return BertConfig.from_dict(read_json(path))
+    except UserError as error:
+        message = str(error)
+        raise UserError(message if str(path) in message else f"{path}: {message}") from None
+
+
+def read_weights(folder: str | Path) -> dict[str, Tensor]:
+    """All tensors of a model folder: model.safetensors, else its shards, else pytorch_model.bin without its code."""
+    folder = Path(folder)
+    if (folder / "model.safetensors").is_file():
+        return read_safetensors(folder / "model.safetensors")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map, tensors = read_json(index).get("weight_map"), {}
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{index}: it has no 'weight_map' from tensors to files")
+        for shard in sorted(set(map(str, weight_map.values()))):
+            if Path(shard).name != shard:
+                raise UserError(f"{index}: the shard {shard!r} is not a plain file name inside the folder")
+            if not (folder / shard).is_file():
+                raise UserError(f"{folder} lacks the shard {shard}, which {index.name} lists")
+            tensors |= read_safetensors(folder / shard)
+        if missing := sorted(set(weight_map) - set(tensors)):
+            raise UserError(f"{index}: no shard holds {missing[0]!r}" + f" and {len(missing) - 1} more" * (len(missing) > 1))
+        return tensors
+    if (folder / "pytorch_model.bin").is_file():
+        try:
+            tensors = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds here
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{folder / 'pytorch_model.bin'}: cannot be read without running code from it ({reason[:120]})") from None
+        if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
+            raise UserError(f"{folder / 'pytorch_model.bin'}: it holds something other than named tensors")
+        return tensors
+    raise UserError(f"{folder} holds no weights: neither model.safetensors, nor its shards, nor pytorch_model.bin")
+
+
+def _fill(module: nn.Module, prefix: str, table: dict[str, str], tensors: dict[str, Tensor], where) -> None:
+    """Copy tensors into module's parameters, taking each out of the dict: what is left at the end was not used."""
+    for ours, parameter in module.state_dict().items():
+        theirs = prefix + _their_name(ours, table)
+        if theirs not in tensors:
+            raise UserError(f"{where}: the tensor {theirs!r} is missing")
+        tensor = tensors.pop(theirs)
+        if tensor.shape != parameter.shape:
+            raise UserError(f"{where}: {theirs!r} has the shape {list(tensor.shape)}, config.json asks for {list(parameter.shape)}")
+        if not tensor.is_floating_point():
+            raise UserError(f"{where}: {theirs!r} is of type {tensor.dtype}, not a floating-point type")
+        parameter.copy_(tensor)  # fp16 and bf16 files become fp32 here
+
+
+@torch.no_grad()
+def load_bert(folder: str | Path, mlm: bool = False) -> Bert | BertForMaskedLM:
+    """A model folder as Bert, or with its MLM head as BertForMaskedLM; fp32, on the CPU, in eval mode.
+
+    Where any name starts with the family's prefix ("bert."), the encoder is exactly what does: a released DiffCSE
+    checkpoint also holds "discriminator." and "generator.distilbert." tensors, which are others' (SPEC 4).
+    The names of the tensors that were not used are in the result's `ignored`.
+    Raises: UserError naming a tensor that is missing or of the wrong shape.
+    """
+    cfg = load_config(folder)
+    family = FAMILIES[cfg.model_type]
+    tensors = {}
+    for name, tensor in read_weights(folder).items():
+        modern = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))  # BERT's first, TensorFlow names
+        if modern in tensors:
+            raise UserError(f"{folder}: two tensors are both called {modern!r}")
+        tensors[modern] = tensor
+    prefix = family.prefix if any(name.startswith(family.prefix) for name in tensors) else ""
+    model = BertForMaskedLM(cfg) if mlm else Bert(cfg)
+    bert = model.bert if mlm else model
+    if f"{prefix}pooler.dense.weight" in tensors and "pooler" in family.encoder:
+        bert.pooler = nn.Linear(cfg.hidden_size, cfg.hidden_size)
+    _fill(bert, prefix, family.encoder, tensors, folder)
+    if mlm:
+        if any(name.startswith("discriminator.") for name in tensors):
+            raise UserError(f"{folder}: a DiffCSE checkpoint is no generator: its MLM head was never trained")
+        _fill(model.head, "", family.head, tensors, folder)
+        decoder = tensors.get(family.decoder)
+        if decoder is not None and not torch.equal(decoder.float(), bert.embeddings.word.weight):
+            raise UserError(f"{folder}: {family.decoder!r} is not the word embeddings: untied decoders are not built here")
+    model.ignored = sorted(tensors)
+    return model.eval()
+
+
+def save_bert(model: Bert | BertForMaskedLM, folder: str | Path) -> None:
+    """Write config.json and model.safetensors into folder, for load_bert and for transformers."""
+    bert = model if isinstance(model, Bert) else model.bert
+    config = bert.cfg.to_dict()
+    if isinstance(model, Bert):
+        config["architectures"] = [config["architectures"][0].replace("ForMaskedLM", "Model")]
+    write_atomically(Path(folder) / "config.json", json.dumps(config, indent=2) + "\n")
+    write_safetensors(Path(folder) / "model.safetensors", to_hf(model))

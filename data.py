@@ -1,0 +1,310 @@
+"""From text to batches: the tokenizer, sentence files, batches, BERT's masking, and where models and data come from.
+
+Letters: B sentences in a batch, V views of each (2: the sentence twice, or a pair; 3: with a hard negative),
+T tokens in a row, padding included. Rows are sentence-major: row V*i + v is view v of sentence i (SPEC 0).
+
+Everything random here is a function of (seed, epoch) or (seed, step), so a resumed run needs no saved state.
+
+Not here: JSON-lines files; filtering or deduplication of the user's sentences (the published code does neither);
+several workers (sentences are tokenised once, up front, so that a batch is two array look-ups).
+"""
+
+import csv
+import gzip
+import lzma
+import os
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bert import UserError, read_json
+
+# ----------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+class Tokenizer:
+    """A model folder's tokenizer: tokenizer.json, else vocab.txt (WordPiece), else vocab.json + merges.txt (BPE).
+
+    Attributes: cls, sep, pad, mask, unk: ids; special_ids: those five; files: what to copy into a saved model.
+    Raises: UserError for a folder without one, a broken file, or a vocabulary without the special tokens.
+    """
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        self.files = [p for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
+                                     "vocab.json", "merges.txt") if (p := folder / name).is_file()]  # fmt: skip
+        found = {p.name for p in self.files}
+        try:
+            if "tokenizer.json" in found:
+                self.backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            elif "vocab.txt" in found:
+                config = read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in found else {}
+                self.backend = tokenizers.BertWordPieceTokenizer(
+                    str(folder / "vocab.txt"), lowercase=config.get("do_lower_case", True),
+                    strip_accents=config.get("strip_accents"))._tokenizer  # fmt: skip
+            elif {"vocab.json", "merges.txt"} <= found:
+                self.backend = _byte_level_bpe(folder)
+            else:
+                raise UserError(f"{folder} holds no tokenizer: neither tokenizer.json, nor vocab.txt, nor vocab.json with merges.txt")
+        except UserError:
+            raise
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"{folder}: its tokenizer cannot be read ({error})") from None
+        self.backend.no_padding()  # files may carry settings of their own: padding is our batches' business
+        self.backend.no_truncation()
+        self.vocab_size = self.backend.get_vocab_size()
+        style = ("[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]") if self.backend.token_to_id("[CLS]") is not None else \
+                ("<s>", "</s>", "<pad>", "<mask>", "<unk>")  # fmt: skip
+        ids = [self.backend.token_to_id(token) for token in style]
+        if None in ids:
+            raise UserError(f"{folder}: the vocabulary has no {style[ids.index(None)]}")
+        self.cls, self.sep, self.pad, self.mask, self.unk = ids
+        self.special_ids = ids
+
+    def __call__(self, sentences: list[str], max_length: int) -> list[list[int]]:
+        """Ids of each sentence, [CLS] and [SEP] included in the at most max_length (SPEC 1.2). Runs in parallel."""
+        self.backend.enable_truncation(max_length)
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(sentences)]
+
+    def vocabulary(self) -> dict[str, int]:
+        return self.backend.get_vocab()
+
+    def check_fits(self, folder: str | Path, vocab_size: int) -> "Tokenizer":
+        """Itself, if a model of that many words can embed every id; else UserError."""
+        if self.vocab_size > vocab_size:
+            raise UserError(f"{folder}: the tokenizer knows {self.vocab_size} tokens, the model's vocab_size is {vocab_size}: "
+                            "they do not belong together")  # fmt: skip
+        return self
+
+
+def _byte_level_bpe(folder: Path) -> tokenizers.Tokenizer:
+    """RoBERTa's tokenizer from vocab.json and merges.txt; as its tokenizer.json would say it."""
+    backend = tokenizers.ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))._tokenizer
+    ids = {token: backend.token_to_id(token) for token in ("<s>", "</s>")}
+    if None in ids.values():
+        raise UserError(f"{folder}: the vocabulary has no <s> and </s>")
+    backend.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", tokenizers.AddedToken("<mask>", lstrip=True)])
+    backend.post_processor = tokenizers.processors.RobertaProcessing(
+        ("</s>", ids["</s>"]), ("<s>", ids["<s>"]), trim_offsets=True, add_prefix_space=False)  # fmt: skip
+    return backend
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Sentences: files -> rows of 1, 2 or 3 strings
+
+
+def _decoded_lines(path: Path) -> Iterator[str]:
+    """Lines without their ends, streamed. Raises UserError with file and line where the text is not UTF-8."""
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    number = 0
+    try:
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                # Only \n ends a line; the published run's reader also cut at form feeds and the like (SPEC 1.1).
+                yield text.removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} line {number}: not UTF-8 (byte 0x{error.object[error.start]:02x} at column {error.start + 1}); "
+                        f"if it is Latin-1: iconv -f latin1 -t utf8 {path.name} > fixed.txt") from None  # fmt: skip
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        reason = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        raise UserError(f"{path} {reason}") from None
+
+
+def read_sentences(path: str | Path) -> Iterator[tuple[str, ...]]:
+    """Rows of a sentence file, streamed: (sentence,), (anchor, positive) or (anchor, positive, hard negative).
+
+    .txt is one sentence a line, empty lines kept (SPEC 1.1); .csv and .tsv have a header line, and their number of
+    columns decides. Each may end in .gz or .xz. An empty cell becomes one space, as in the published code.
+    Raises: UserError that names the file and line.
+    """
+    path = Path(path)
+    suffix = Path(path.stem).suffix if path.suffix in (".gz", ".xz") else path.suffix
+    if suffix == ".txt":
+        yield from ((line,) for line in _decoded_lines(path))
+        return
+    if suffix not in (".csv", ".tsv"):
+        raise UserError(f"{path}: sentences are read from .txt, .csv and .tsv (also .gz, .xz), not from {suffix or 'no ending'!r}")
+    lines = (line + "\n" for line in _decoded_lines(path))  # a quoted cell may span lines
+    rows = csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ",")
+    try:
+        columns = len(next(rows, []))
+        if not 0 <= columns <= 3:
+            raise UserError(f"{path} line 1: {columns} columns; 1 (sentence), 2 (pair) or 3 (pair, hard negative) are meant")
+        for row in rows:
+            if len(row) != columns and row:  # csv yields [] for an empty line
+                raise UserError(f"{path} line {rows.line_num}: {len(row)} columns where the header has {columns}")
+            yield tuple(cell or " " for cell in row or [""] * columns)
+    except csv.Error as error:
+        raise UserError(f"{path} line {rows.line_num}: {error}") from None
+
+
+class TokenizedSentences:
+    """All rows as integers: one flat array of ids and where each sentence starts. Length: the number of rows.
+
+    A million Wikipedia sentences take about 60 MB. A file of one column gives V = 2 views that share one copy.
+    """
+
+    def __init__(self, rows: Iterable[tuple[str, ...]], tokenizer: Tokenizer, max_length: int, chunk: int = 20_000):
+        dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+        self.pad, self.columns = tokenizer.pad, 1
+        ids, lengths, waiting = [], [], []
+
+        def flush() -> None:
+            encoded = tokenizer(waiting, max_length)
+            lengths.append(np.fromiter(map(len, encoded), np.int64, len(encoded)))
+            ids.append(np.fromiter((i for sentence in encoded for i in sentence), dtype, int(lengths[-1].sum())))
+            waiting.clear()
+
+        for row in tqdm(rows, desc="tokenising", unit=" rows", unit_scale=True, leave=False, disable=None):
+            self.columns = len(row)
+            waiting.extend(row)
+            if len(waiting) >= chunk:
+                flush()
+        if waiting:
+            flush()
+        self.ids = np.concatenate(ids) if ids else np.zeros(0, dtype)
+        self.starts = np.concatenate([np.zeros(1, np.int64), *lengths]).cumsum()
+        self.views = max(2, self.columns)
+
+    def __len__(self) -> int:
+        return (len(self.starts) - 1) // self.columns
+
+    def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Shapes: rows (B,) -> ids (B*V, T) int64, mask (B*V, T) bool; T is the longest of these rows (SPEC 1.3)."""
+        at = (rows[:, None] * self.columns + np.arange(self.views) % self.columns).reshape(-1)  # (B*V,)
+        lengths = self.starts[at + 1] - self.starts[at]  # (B*V,)
+        mask = np.arange(lengths.max()) < lengths[:, None]  # (B*V, T)
+        ids = np.full(mask.shape, self.pad, np.int64)
+        ids[mask] = np.concatenate([self.ids[self.starts[i] : self.starts[i + 1]] for i in at])
+        return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def epoch_order(rows: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The batches of one epoch: a random permutation, cut; the last may be short (SPEC 1.3). From (seed, epoch) alone."""
+    order = np.random.default_rng([seed, epoch]).permutation(rows)
+    return [order[i : i + batch_size] for i in range(0, rows, batch_size)]
+
+
+def mask_tokens(ids: Tensor, tokenizer: Tokenizer, ratio: float, how: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """BERT's corruption of a padded batch (SPEC 1.4; paper section 3, where x' = m * x).
+
+    Every token but the special ones ([UNK] among them) is selected with probability `ratio`, independently. how =
+    "80-10-10": of the selected, 80 % become [MASK], 10 % a random id (specials possible), 10 % stay; "all": all [MASK].
+    Shapes: ids (R, T) -> masked copy (R, T), selected (R, T) bool. ids itself is left as it is.
+    """
+
+    def chance(p: float) -> Tensor:
+        return torch.rand(ids.shape, generator=generator) < p
+
+    special = torch.isin(ids, torch.tensor(tokenizer.special_ids))
+    selected = chance(ratio) & ~special
+    masked = torch.where(selected, tokenizer.mask, ids)
+    if how == "80-10-10":
+        not_masked = selected & ~chance(0.8)
+        random_ids = torch.randint(tokenizer.vocab_size, ids.shape, generator=generator)
+        masked = torch.where(not_masked, torch.where(chance(0.5), random_ids, ids), masked)
+    return masked, selected
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Where models and data come from: a path, or the Hugging Face Hub's cache
+
+HUB_DATASET = "princeton-nlp/datasets-for-simcse"  # wiki1m_for_simcse.txt, nli_for_simcse.csv, senteval.tar
+
+
+def _hub(what: str, download, *args, **options) -> Path:
+    """Call a huggingface_hub download; every way it can fail becomes one line."""
+    try:
+        return Path(download(*args, **options))
+    except Exception as error:  # HTTP, offline and look-up errors share no base class across its versions
+        reason = type(error).__name__
+        raise UserError(f"{what} is neither a path here nor in the Hub's cache, and could not be fetched from the Hugging Face "
+                        f"Hub ({reason}); with a network try again, or run the demo, which needs none: "
+                        "python diffcse.py --config demo") from None  # fmt: skip
+
+
+def find_model(name: str) -> Path:
+    """The folder of a model: a path, or the name of a Hub repository, whose needed files are fetched (or cached).
+
+    Raises: UserError that says what is missing and where it would come from.
+    """
+    path = Path(name).expanduser()
+    if not path.exists() and not path.is_absolute():
+        path = Path(__file__).parent / name  # assets/small-bert, from any working directory
+    if path.is_dir():
+        return path
+    if path.is_file() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{name}: no such model folder")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt"]
+    folder = _hub(f"model {name!r}", snapshot_download, name, allow_patterns=wanted + ["model*.safetensors*"])
+    if not list(folder.glob("model*.safetensors")):  # older repositories hold only pickles
+        folder = _hub(f"model {name!r}", snapshot_download, name, allow_patterns=wanted + ["pytorch_model.bin"])
+    return folder
+
+
+def find_text(name: str, data: str) -> Path:
+    """A sentence file: a path, a name inside the folder `data`, or a file of the Hub data set (wiki1m_for_simcse.txt)."""
+    for path in (Path(name).expanduser(), Path(data) / name if data else Path(name)):
+        if path.is_file():
+            return path
+    if Path(name).name != name or name not in ("wiki1m_for_simcse.txt", "nli_for_simcse.csv"):
+        raise UserError(f"{name}: no such sentence file" + f", nor in {data}" * bool(data))
+    from huggingface_hub import hf_hub_download
+
+    return _hub(f"{name} (data set {HUB_DATASET})", hf_hub_download, HUB_DATASET, name, repo_type="dataset")
+
+
+def find_senteval(data: str) -> Path:
+    """The folder that holds STS/ and SICK/: below `data` if given, else senteval.tar from the Hub, unpacked once."""
+    if data:
+        for below in ("", "senteval", "SentEval/data/downstream", "downstream"):
+            if (Path(data).expanduser() / below / "STS").is_dir():
+                return Path(data).expanduser() / below
+        raise UserError(f"{data}: no folder STS in it (looked also in senteval/ and SentEval/data/downstream/)")
+    from huggingface_hub import hf_hub_download
+
+    tar = _hub(f"senteval.tar (data set {HUB_DATASET})", hf_hub_download, HUB_DATASET, "senteval.tar", repo_type="dataset")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "diffcse"
+    unpacked = cache / f"senteval-{tar.resolve().name[:16]}"  # the Hub names a file in its cache by its hash
+    if not unpacked.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as temporary:
+            try:
+                with tarfile.open(tar) as archive:
+                    archive.extractall(Path(temporary) / "new", filter="data")  # no links or paths that lead outside
+                os.rename(Path(temporary) / "new", unpacked)
+            except (tarfile.TarError, OSError, EOFError) as error:
+                raise UserError(f"{tar}: could not be unpacked ({error}); delete it to fetch it again") from None
+    for sts in sorted(unpacked.rglob("STS")):
+        return sts.parent
+    raise UserError(f"{tar}: no folder STS in it")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Command lines
+
+
+def run_main(main) -> None:
+    """Run a command's main(): a user's mistake is one line on stderr and exit code 2, Ctrl-C is 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output, `head` say, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,588 @@
+"""DiffCSE: difference-based contrastive learning for sentence embeddings, without labels.
+
+    python diffcse.py --config demo         # a few minutes on a laptop, nothing downloaded
+    python diffcse.py --config bert_sts     # the paper's model (wants a GPU)
+    python diffcse.py -h                    # every field of Config is a flag
+
+One training step, in the order of this file:
+    x          a sentence, twice in a batch                           ids (B*V, T)
+    h          = projector(encoder f(x) at [CLS]); two dropouts, two h's, which the contrastive loss pulls together
+    x_masked   x', some tokens of x behind [MASK]
+    x_edited   x'', what the generator G puts in their place; G is fixed
+    replaced   x'' != x: what the discriminator D must say of every token of x''. It sees x only through h,
+               which stands where x'' had its [CLS]: so h must hold all of x that tells it from x''.
+    loss       = contrastive + lam * replaced-token loss               (paper section 3)
+Afterwards only f is kept, and a sentence's vector is f's [CLS] before the projector.
+
+Letters: B sentences, V views of each, R = B*V rows, T tokens with padding, D hidden size, lam the paper's lambda.
+Reference: Chuang et al., NAACL 2022. SPEC sections in brackets describe the published code: where it differs from
+the paper the default is the code, and one switch of Config gives the paper's reading.
+Not here: several GPUs, gradient accumulation (in-batch negatives do not accumulate), resuming a run.
+"""
+
+import argparse
+import difflib
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import sys
+import time
+import typing
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tokenizers
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from bert import Bert, BertForMaskedLM, UserError, load_bert, read_json, save_bert, write_atomically
+from data import TokenizedSentences, Tokenizer, epoch_order, find_model, find_senteval, find_text, mask_tokens, read_sentences, run_main
+from embed import POOLINGS, DiffCSE, encode  # noqa: F401  (`from diffcse import DiffCSE` is how the tool is reached)
+from eval_sts import TEST_SETS, average, format_table, load_set, score_pairs
+
+# ----------------------------------------------------------------------------------------------------------------
+# Configuration. The comments are the text of -h
+
+
+@dataclass
+class Config:
+    # What is trained, and on what
+    model: str = "bert-base-uncased"  # encoder and discriminator start here: a model folder or a Hub name
+    generator: str = "distilbert-base-uncased"  # masked language model with the encoder's vocabulary; it stays fixed
+    train_file: str = "wiki1m_for_simcse.txt"  # sentences: .txt, .csv, .tsv (also .gz, .xz), or 'docs': Python's documentation
+    data: str = ""  # folder with STS/ and SICK/ (and the train file): nothing is downloaded that lies there
+    score: Literal["stsb", "docs"] = "stsb"  # what chooses the best checkpoint: STS-B dev, or finding documentation
+    out_dir: str = ""  # folder for the best model, config.json, log.jsonl and results.json (default: runs/NAME-1, -2, ...)
+    seed: int = 42  # decides all that is random
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: on cuda bf16, or fp16 where the card has no bf16
+
+    # Optimisation [6]: AdamW (0.9, 0.999), eps 1e-8, no weight decay; linear from lr to 0, no warm-up
+    epochs: int = 2  # times through the train file
+    steps: int | None = None  # stop after this many steps; the rate falls to 0 over them
+    batch_size: int = 64  # sentences in a step, each of them seen in 2 views
+    max_length: int = 32  # tokens kept of a sentence, [CLS] and [SEP] included
+    lr: float = 7e-6  # learning rate of everything that is trained
+    clip: float = 1.0  # gradients are scaled down to this norm, over all parameters together
+    dropout: float | None = None  # rate in encoder and discriminator (default: the model's own, 0.1 for bert-base)
+
+    # Contrastive loss [4, 5]
+    projector: Literal["batchnorm", "tanh"] = "batchnorm"  # from [CLS] to h: two layers with BatchNorm, or SimCSE's tanh layer
+    temperature: float = 0.05  # cosines are divided by it
+    hard_negative_weight: float = 0.0  # added to the logit of a sentence's own hard negative (files with 3 columns)
+
+    # Difference prediction [2, 3]
+    lam: float = 0.005  # weight of the replaced-token loss; 0 builds neither generator nor discriminator: SimCSE
+    mask_ratio: float = 0.30  # chance of a token to be masked
+    mask: Literal["80-10-10", "all"] = "80-10-10"  # BERT's mixture of [MASK], random and unchanged; the paper writes all [MASK]
+    edit: Literal["argmax", "sample"] = "argmax"  # the generator's best token; the paper says a sampled one
+    edit_temperature: float = 1.0  # of the sampling
+    edit_scope: Literal["all", "masked"] = "all"  # where the generator's token is taken: everywhere; the paper: masked positions
+    generator_dropout: bool = True  # generator in train mode, its dropout on; the paper's fixed G would have it off
+    protect_sep: bool = False  # keep the final [SEP] as it is; the published code lets the generator overwrite it
+    views: Literal["both", "first"] = "both"  # views that are edited; the paper has one edit of a sentence
+    pads_in_loss: bool = True  # padding counts in the loss as "not replaced"; the paper sums over the sentence's tokens
+    reduction: Literal["mean", "sum"] = "mean"  # of the replaced-token loss; the paper writes a sum, for which lam is far too large
+
+    # Looking at it
+    pooling: Literal[POOLINGS] = "cls_before_pooler"  # the vector that is scored; training always uses [CLS]
+    eval_every: int = 125  # steps between two scores; the best is kept
+    log_every: int = 100  # steps between two lines of log.jsonl
+
+    def check(self) -> "Config":
+        """Itself, if every number makes sense. Raises: UserError that names the field."""
+        rules = {
+            "batch_size": (self.batch_size >= 2, "at least 2: one sentence alone has no negatives, and the loss would always be 0"),
+            "max_length": (self.max_length >= 3, "at least 3: [CLS], a token and [SEP]"),
+            "mask_ratio": (0 <= self.mask_ratio <= 1, "between 0 and 1"),
+            "dropout": (self.dropout is None or 0 <= self.dropout < 1, "at least 0 and below 1"),
+            "lam": (0 <= self.lam < math.inf, "0 or above"),
+            "hard_negative_weight": (math.isfinite(self.hard_negative_weight), "a finite number"),
+            "seed": (0 <= self.seed < 1 << 63, "0 or above, below 2^63"),
+            "steps": (self.steps is None or self.steps >= 1, "at least 1"),
+        }
+        for name in ("epochs", "eval_every", "log_every"):
+            rules[name] = (getattr(self, name) >= 1, "at least 1")
+        for name in ("lr", "temperature", "edit_temperature", "clip"):
+            rules[name] = (0 < getattr(self, name) < math.inf, "above 0")
+        for name, (holds, expected) in rules.items():
+            if not holds:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be {expected}")
+        return self
+
+
+ROBERTA = dict(model="roberta-base", generator="distilroberta-base")
+SIMCSE = dict(lam=0.0, projector="tanh", epochs=1)
+
+PRESETS = {
+    # DiffCSE-BERT for STS (paper Table 12). 31,250 steps; the authors' 2080 Ti took 3 to 6 hours. Paper: STS-B dev
+    # 84.56, seven sets 78.49. Others who ran the official code got 75.25 to 77.44: seed and machine move it by points.
+    "bert_sts": Config(lr=7e-6, mask_ratio=0.30, lam=0.005, batch_size=64),
+    # DiffCSE-BERT for transfer tasks (Table 13). The same cost. Paper: 86.86 on the seven transfer tasks.
+    "bert_transfer": Config(lr=2e-6, mask_ratio=0.15, lam=0.05, batch_size=64),
+    # DiffCSE-RoBERTa for STS (Table 12). The same cost. Paper: seven sets 78.21.
+    "roberta_sts": Config(**ROBERTA, lr=1e-5, mask_ratio=0.20, lam=0.005, batch_size=64),
+    # DiffCSE-RoBERTa for transfer tasks (Table 13). 15,626 steps of 128. Paper: 87.04 on the seven transfer tasks.
+    "roberta_transfer": Config(**ROBERTA, lr=3e-6, mask_ratio=0.15, lam=0.05, batch_size=128),
+    # SimCSE-BERT, the baseline (SPEC 6). 15,625 steps of about a third of DiffCSE's work. Paper: seven sets 76.25.
+    "simcse_bert": Config(**SIMCSE, lr=3e-5, batch_size=64),
+    # SimCSE-RoBERTa. 1,954 steps of 512. Paper: seven sets 76.57.
+    "simcse_roberta": Config(**SIMCSE, **ROBERTA, lr=1e-5, batch_size=512),
+    # The embedded default: a small BERT that ships with the code learns from the documentation on this machine.
+    "demo": Config(model="assets/small-bert", generator="assets/small-bert", train_file="docs", score="docs",
+                   steps=100, lr=1e-4, dropout=0.03, eval_every=20, log_every=10),
+}  # fmt: skip
+
+
+def field_help() -> dict[str, str]:
+    """Each field's comment in the source of Config."""
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+
+
+def parse_field(name: str, value) -> object:
+    """A value from the command line or a JSON file as the type that Config gives the field. Raises UserError."""
+    kind = typing.get_type_hints(Config)[name]
+    options = typing.get_args(kind)  # of Literal: the words; of `int | None`: the types
+    flag = f"--{name.replace('_', '-')}"
+    if typing.get_origin(kind) is Literal:
+        if value not in options:
+            raise UserError(f"{flag} is {value!r}: it must be one of {', '.join(options)}")
+        return value
+    if type(None) in options:
+        if value is None:
+            return None
+        kind = options[0]
+    if kind is bool:
+        words = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
+        if str(value).lower() not in words:
+            raise UserError(f"{flag} is {value!r}: it must be on or off")
+        return words[str(value).lower()]
+    if kind is str and not isinstance(value, str) or isinstance(value, (bool, list, dict, type(None))):
+        raise UserError(f"{flag} is {value!r}: it must be of type {kind.__name__}")
+    try:
+        if kind is int and float(value) != int(value):
+            raise ValueError
+        return kind(value)
+    except (ValueError, OverflowError):
+        raise UserError(f"{flag} is {value!r}: it must be {'a whole number' if kind is int else 'a number'}") from None
+
+
+def load_preset(name: str) -> Config:
+    """A preset, or a config.json that an earlier run saved. Raises: UserError that lists what there is."""
+    if name in PRESETS:
+        return PRESETS[name]
+    if not name.endswith(".json"):
+        raise UserError(f"--config {name!r} is unknown: it must be a saved config.json or one of {', '.join(PRESETS)}")
+    saved, known = read_json(Path(name)), {f.name for f in fields(Config)}
+    if unknown := sorted(set(saved) - known):
+        raise UserError(f"{name}: unknown field {unknown[0]!r}; the fields are {', '.join(sorted(known))}")
+    try:
+        return Config(**{field: parse_field(field, value) for field, value in saved.items()})
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+
+
+def parse_args(argv: list[str]) -> tuple[str, Config]:
+    """The preset's name and the configuration. A flag for each field; -h comes from the comments."""
+    parser = argparse.ArgumentParser(prog="diffcse.py", usage="python diffcse.py --config NAME [--FIELD VALUE ...]", allow_abbrev=False,
+                                     description="Train DiffCSE. A preset, and flags that change fields of it.",
+                                     epilog="on-or-off fields take on/off. Defaults shown are bert_sts's.")  # fmt: skip
+    parser.add_argument("--config", metavar="NAME", required=True, help="a saved config.json, or one of " + ", ".join(PRESETS))
+    flags = {"--config": "config"}
+    for name, text in field_help().items():
+        kind, default = typing.get_type_hints(Config)[name], getattr(Config, name)
+        words = typing.get_args(kind) if typing.get_origin(kind) is Literal else None
+        flag = f"--{name.replace('_', '-')}"
+        flags[flag] = name
+        shown = "" if default is None or default == "" else f" (default: {({True: 'on', False: 'off'}.get(default, default)) if kind is bool else default})"
+        parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, metavar="|".join(words) if words else "on|off" if kind is bool else name.upper(),
+                            help=(text + shown).replace("%", "%%"))  # fmt: skip
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+        raise UserError(f"unknown: {unknown[0]}" + f"; did you mean {close[0]}?" * bool(close) + f" The flags are {', '.join(sorted(flags))}")
+    changed = {name: parse_field(name, value) for name, value in vars(args).items() if name != "config"}
+    name = "run" if args.config.endswith(".json") else args.config
+    return name, replace(load_preset(args.config), **changed).check()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 1. The contrastive loss: two dropouts of one sentence are a positive pair, the batch's other sentences negatives
+
+
+def make_projector(kind: str, D: int, std: float) -> nn.Module:
+    """From [CLS] to h, (R, D) -> (R, D) (paper appendix A, SPEC 4). Weights start at N(0, std), not at BERT's pooler."""
+    if kind == "tanh":
+        projector = nn.Sequential(nn.Linear(D, D), nn.Tanh())
+    else:  # BatchNorm over all rows of the step, both views together
+        projector = nn.Sequential(
+            nn.Linear(D, 2 * D, bias=False), nn.BatchNorm1d(2 * D), nn.ReLU(),
+            nn.Linear(2 * D, D, bias=False), nn.BatchNorm1d(D, affine=False))  # fmt: skip
+    for layer in projector:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    return projector
+
+
+def contrastive_loss(h: Tensor, temperature: float, hard_negative_weight: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """InfoNCE over the batch, in one direction (paper section 3, equation 1; SPEC 5).
+
+    Shapes: h (B, V, D), V = 2 or 3 -> loss (), cosines (B, B) of first with second views, their diagonal (B,).
+    With V = 3 the third views are hard negatives of every sentence. Equals sentence-transformers'
+    MultipleNegativesRankingLoss with scale 1 / temperature. Starts near log B where the views tell nothing.
+    """
+    with torch.autocast(h.device.type, enabled=False):  # cosines / 0.05 in 8 bits of mantissa would be noise
+        z = F.normalize(h.float(), dim=-1, eps=1e-8)  # (B, V, D)
+        cosines = z[:, 0] @ z[:, 1].T  # (B, B)
+        logits = cosines / temperature
+        if h.shape[1] == 3:
+            own = torch.eye(len(h), device=h.device)  # (B, B)
+            logits = torch.cat([logits, z[:, 0] @ z[:, 2].T / temperature + hard_negative_weight * own], dim=1)  # (B, 2B)
+        loss = F.cross_entropy(logits, torch.arange(len(h), device=h.device))
+    return loss, cosines.detach(), cosines.detach().diagonal()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 2. The edit: mask (data.mask_tokens), then let the generator fill in
+
+
+@torch.no_grad()
+def edit_sentences(generator: BertForMaskedLM, x: Tensor, x_masked: Tensor, selected: Tensor, mask: Tensor,
+                   tokenizer: Tokenizer, cfg: Config) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x'' = G(x') and which of its tokens are not those of x (paper section 3; SPEC 2).
+
+    Shapes: x, x_masked (R, T) ids; selected, mask (R, T) bool -> x_edited (R, T) ids, replaced (R, T) bool.
+    Position 0 and padding are never replaced. A masked token that G restores is not replaced either.
+    """
+    logits = generator(x_masked, mask)  # (R, T, vocabulary)
+    if cfg.edit == "sample":  # the Gumbel-max way: a draw from the softmax, without waiting for the GPU
+        logits = logits.float() / cfg.edit_temperature
+        logits = logits - torch.empty_like(logits).exponential_().log_()
+    x_edited = logits.argmax(-1)  # (R, T)
+    if cfg.edit_scope == "masked":
+        x_edited = torch.where(selected, x_edited, x)
+    if cfg.protect_sep:
+        x_edited = torch.where(x == tokenizer.sep, x, x_edited)
+    x_edited[:, 0] = tokenizer.cls
+    x_edited = x_edited * mask  # padding becomes id 0, as published; for RoBERTa that is <s>, which attention never sees
+    return x_edited, (x_edited != x) & mask
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 3. The difference prediction: which tokens of x'' are not those of x?
+
+
+def replaced_token_loss(logits: Tensor, replaced: Tensor, mask: Tensor, pads_in_loss: bool = True, reduction: str = "mean") -> Tensor:
+    """Cross-entropy of "kept" (class 0) against "replaced" (1) at every position (paper section 3, L_RTD; SPEC 3).
+
+    Shapes: logits (R, T, 2); replaced, mask (R, T) bool -> (). With pads_in_loss, as published, padding counts as
+    kept, and the same sentences padded wider have another loss (official issue 25).
+    """
+    labels = replaced.long() if pads_in_loss else replaced.long().masked_fill(~mask, -100)  # -100: left out
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction=reduction)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 4. All of it
+
+
+class TrainingModel(nn.Module):
+    """Encoder f, projector, generator G, discriminator D and its head: what a step needs. Only f is kept.
+
+    G is frozen but, as published, in train mode, so that its dropout varies the edits. lam = 0 has no G and no D.
+    """
+
+    def __init__(self, cfg: Config, encoder: Bert, tokenizer: Tokenizer, generator: BertForMaskedLM | None = None,
+                 discriminator: Bert | None = None):  # fmt: skip
+        super().__init__()
+        self.cfg, self.tokenizer = cfg, tokenizer
+        D = encoder.cfg.hidden_size
+        self.encoder = encoder
+        self.projector = make_projector(cfg.projector, D, encoder.cfg.initializer_range)
+        self.generator, self.discriminator = generator, discriminator
+        if cfg.lam > 0:
+            self.head = nn.Linear(D, 2)  # bare, with PyTorch's own start, unlike ELECTRA's (SPEC 3)
+            generator.requires_grad_(False)
+        for bert in (encoder, discriminator):
+            if bert is not None and cfg.dropout is not None:
+                bert.set_dropout(cfg.dropout)
+
+    def train(self, mode: bool = True) -> "TrainingModel":
+        super().train(mode)
+        if self.generator is not None and not self.cfg.generator_dropout:
+            self.generator.eval()
+        return self
+
+    def forward(self, x: Tensor, mask: Tensor, x_masked: Tensor, selected: Tensor, V: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one batch, and sums for the log.
+
+        Shapes: x, x_masked (R, T) ids, mask, selected (R, T) bool, rows sentence-major -> (), dict of ().
+        """
+        cfg = self.cfg
+        c = self.encoder(x, mask)[:, 0]  # (R, D): the embedding that is used afterwards
+        h = self.projector(c)  # (R, D)
+        B = len(h) // V
+        contrastive, cosines, positive = contrastive_loss(h.view(B, V, -1), cfg.temperature, cfg.hard_negative_weight)
+        sums = {"contrastive": contrastive.detach(), "positive_cosine": positive.mean(),
+                "negative_cosine": (cosines.sum() - positive.sum()) / max(B * B - B, 1)}  # fmt: skip
+        loss = contrastive
+        if cfg.lam > 0:
+            rows = slice(None) if cfg.views == "both" else slice(None, None, V)
+            x, mask, x_masked, selected, h = x[rows], mask[rows], x_masked[rows], selected[rows], h[rows]
+            x_edited, replaced = edit_sentences(self.generator, x, x_masked, selected, mask, self.tokenizer, cfg)
+            # h is not detached: through it the discriminator's gradient teaches the encoder. That is the method.
+            logits = self.head(self.discriminator(x_edited, mask, cls_vector=h))  # (R, T, 2)
+            rtd = replaced_token_loss(logits, replaced, mask, cfg.pads_in_loss, cfg.reduction)
+            loss = contrastive + cfg.lam * rtd
+            said = logits.argmax(-1).bool()  # (R, T)
+            kept = mask & ~replaced
+            sums |= {"replaced_token": rtd.detach(), "tokens": mask.sum(), "replaced": replaced.sum(), "kept": kept.sum(),
+                     "replaced_right": (said & replaced).sum(), "kept_right": (~said & kept).sum()}  # fmt: skip
+        return loss, {"loss": loss.detach(), **sums}
+
+
+def train_step(model: TrainingModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, batch: tuple[Tensor, ...],
+               V: int, lr: float, amp: torch.dtype | None) -> dict[str, Tensor]:  # fmt: skip
+    """One update. The same lines on every device: without amp, autocast and scaler do nothing (SPEC 6).
+
+    Nothing here waits for the GPU. Returns the model's sums and the gradient's norm before clipping, still there.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    with torch.autocast(batch[0].device.type, dtype=amp or torch.bfloat16, enabled=amp is not None):
+        loss, sums = model(*batch, V)
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)  # so that what is clipped is the gradient itself
+    sums["grad_norm"] = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], model.cfg.clip)
+    scaler.step(optimizer)  # fp16: skipped where a gradient overflowed
+    scaler.update()
+    return sums
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 5. The run: build, score, train, keep the best
+
+
+def build(cfg: Config) -> tuple[TrainingModel, Tokenizer]:
+    """The model with pretrained weights, checked to fit together. Raises: UserError that names what does not."""
+    folder = find_model(cfg.model)
+    encoder = load_bert(folder)
+    tokenizer = Tokenizer(folder).check_fits(folder, encoder.cfg.vocab_size)
+    if cfg.max_length > encoder.max_length:
+        raise UserError(f"--max-length is {cfg.max_length}, but {cfg.model} has position embeddings for {encoder.max_length} tokens")
+    if cfg.lam == 0:
+        return TrainingModel(cfg, encoder, tokenizer), tokenizer
+    generator_folder = find_model(cfg.generator)
+    generator = load_bert(generator_folder, mlm=True)
+    if generator_folder != folder and Tokenizer(generator_folder).vocabulary() != tokenizer.vocabulary():
+        raise UserError(f"--generator {cfg.generator} has another vocabulary than --model {cfg.model}: their ids are compared, so they "
+                        "must be the same (distilbert-base-uncased for bert-base-uncased, distilroberta-base for roberta-base)")  # fmt: skip
+    if generator.cfg.vocab_size < tokenizer.vocab_size or cfg.max_length > generator.bert.max_length:
+        raise UserError(f"--generator {cfg.generator} is too small: {generator.cfg.vocab_size} words and {generator.bert.max_length} positions "
+                        f"for a tokenizer of {tokenizer.vocab_size} and --max-length {cfg.max_length}")  # fmt: skip
+    return TrainingModel(cfg, encoder, tokenizer, generator, discriminator=load_bert(folder)), tokenizer
+
+
+class StsScore:
+    """STS-B dev chooses the checkpoint; the seven test sets are for before and after."""
+
+    name = "STS-B dev, Spearman x 100"
+
+    def __init__(self, cfg: Config):
+        folder = find_senteval(cfg.data)
+        self.dev_sets = {name: load_set(name, folder) for name in ("STSB-dev", "SICKR-dev")}
+        self.test_sets = {name: load_set(name, folder) for name in TEST_SETS}
+
+    def dev(self, encoder) -> dict[str, float]:
+        scores = score_pairs(encoder, self.dev_sets)
+        return {"score": scores["STSB-dev"], **scores}
+
+    def test(self, encoder) -> dict[str, float]:
+        scores = score_pairs(encoder, self.dev_sets | self.test_sets)
+        return {**scores, "average": average(scores)}
+
+    def report(self, rows: dict[str, dict[str, float]]) -> str:
+        return format_table(rows)
+
+
+def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype | None]:
+    """The device and the type of mixed precision (None: fp32). Raises: UserError where it is not there."""
+    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    name = next(n for n in ("cuda", "mps", "cpu") if here[n]) if cfg.device == "auto" else cfg.device
+    if not here[name]:
+        raise UserError(f"--device {name}: this PyTorch finds none; there is {', '.join(n for n in here if here[n])}")
+    if cfg.amp == "auto":
+        amp = None if name != "cuda" else torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    else:
+        amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.amp]
+    if amp is not None and name != "cuda":
+        raise UserError(f"--amp {cfg.amp} is for cuda; on {name} leave it at auto or off")
+    return torch.device(name), amp
+
+
+def new_run_folder(cfg: Config, name: str) -> Path:
+    """An empty folder for this run. A folder that holds a run is never written over: UserError."""
+    if cfg.out_dir:
+        folder = Path(cfg.out_dir).expanduser()
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"--out-dir {folder} is there already and not an empty folder; name another, or delete it")
+    else:
+        number = 1
+        while (folder := Path("runs") / f"{name}-{number}").exists():
+            number += 1
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out-dir {folder} cannot be made: {error.strerror}") from None
+    return folder
+
+
+def save_model(bert: Bert, tokenizer: Tokenizer, folder: Path) -> None:
+    """A model folder for embed.py, eval_sts.py and transformers; each file whole or not at all."""
+    for file in tokenizer.files:
+        write_atomically(folder / file.name, file.read_bytes())
+    save_bert(bert, folder)
+
+
+def summarise(window: list[dict[str, Tensor]]) -> dict[str, float | None]:
+    """One line of the log from the sums of the steps since the last: means, and ratios of counts. One wait for the GPU."""
+    total = dict(zip(window[0], torch.stack([torch.stack([s.float() for s in sums.values()]) for sums in window]).double().mean(0).tolist()))
+    counts = {name: total.pop(name) for name in ("tokens", "replaced", "kept", "replaced_right", "kept_right") if name in total}
+    if counts:
+        total |= {"share_replaced": counts["replaced"] / counts["tokens"],
+                  "accuracy_replaced": counts["replaced_right"] / counts["replaced"] if counts["replaced"] else None,
+                  "accuracy_kept": counts["kept_right"] / counts["kept"] if counts["kept"] else None}  # fmt: skip
+    return {name: round(value, 6) if value is not None and math.isfinite(value) else None for name, value in total.items()}
+
+
+def train(cfg: Config, name: str = "run") -> dict:
+    """A whole run, from the pretrained model to results.json. Returns what results.json holds."""
+    started = time.time()
+    device, amp = pick_device(cfg)
+    torch.manual_seed(cfg.seed)  # everything below flows from it: projector, head, dropout; data from (seed, epoch or step)
+    model, tokenizer = build(cfg)
+    if cfg.score == "docs" or cfg.train_file == "docs":
+        import docs  # imports hundreds of modules to read what is written about them: only where asked for
+    score = docs.DocsScore(cfg) if cfg.score == "docs" else StsScore(cfg)
+    rows = ((s,) for s in docs.training_sentences()) if cfg.train_file == "docs" else read_sentences(find_text(cfg.train_file, cfg.data))
+    sentences = TokenizedSentences(rows, tokenizer, cfg.max_length)
+    if len(sentences) == 0:
+        raise UserError(f"{cfg.train_file}: no sentences in it")
+    if len(sentences) < 2:
+        raise UserError(f"{cfg.train_file}: one sentence alone has no negatives to be told from; at least 2 are needed")
+    if len(sentences) < cfg.batch_size:
+        print(f"note: {cfg.train_file} has {len(sentences)} sentences, fewer than --batch-size {cfg.batch_size}: each step takes all of them", file=sys.stderr)
+    out = new_run_folder(cfg, name)
+    write_atomically(out / "config.json", json.dumps(asdict(cfg), indent=2) + "\n")
+
+    steps_per_epoch = math.ceil(len(sentences) / cfg.batch_size)
+    total = cfg.steps or cfg.epochs * steps_per_epoch
+    print(f"{name}: {len(sentences):,} sentences, {total:,} steps of {cfg.batch_size} on {device.type}"
+          f" ({str(amp).removeprefix('torch.') if amp else 'fp32'}), seed {cfg.seed}, into {out}")  # fmt: skip
+
+    model.to(device).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8,
+                                  weight_decay=0.0, fused=device.type == "cuda")  # fmt: skip
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+
+    def encoder(texts: list[str]) -> np.ndarray:
+        return encode(model.encoder, tokenizer, texts, cfg.pooling)
+
+    log = open(out / "log.jsonl", "w", encoding="utf-8")
+    bar = tqdm(total=total * cfg.batch_size, unit=" sentences", unit_scale=True, disable=None)
+
+    def note(**row) -> None:
+        log.write(json.dumps({"seconds": round(time.time() - started, 1), **row}) + "\n")
+        log.flush()
+
+    before = score.test(encoder)
+    first = score.dev(encoder)
+    note(step=0, **first)
+    bar.write(f"step {0:>6}  {score.name}: {first['score']:.2f} (before training)")
+
+    best, best_step, step = -math.inf, 0, 0
+    window, since, bad_step = [], time.time(), torch.full((), -1, device=device)
+    while step < total:
+        for chosen in epoch_order(len(sentences), cfg.batch_size, cfg.seed, step // steps_per_epoch):
+            x, mask = sentences.batch(chosen)
+            masks_of_step = torch.Generator().manual_seed(int(np.random.SeedSequence([cfg.seed, step, 1]).generate_state(1)[0]))
+            x_masked, selected = mask_tokens(x, tokenizer, cfg.mask_ratio, cfg.mask, masks_of_step)
+            batch = (x, mask, x_masked, selected)
+            if device.type == "cuda":  # pinned memory: the copy runs beside the last step's work
+                batch = tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
+            else:
+                batch = tuple(t.to(device) for t in batch)
+            lr = cfg.lr * (total - step) / total
+            sums = train_step(model, optimizer, scaler, batch, sentences.views, lr, amp)
+            step += 1
+            window.append(sums)
+            # The first step with a broken loss is kept on the device and asked for at the next line of the log.
+            bad_step = torch.where((bad_step < 0) & ~sums["loss"].isfinite(), step, bad_step)
+            bar.update(cfg.batch_size)
+
+            log_now, eval_now = step % cfg.log_every == 0, step % cfg.eval_every == 0 or step == total
+            if (log_now or eval_now) and int(bad_step) >= 0:
+                kept = f"{out / 'best'} holds the model of step {best_step}" if best_step else "no checkpoint had been written yet"
+                raise UserError(f"the loss is not a number at step {int(bad_step)}: training stopped; {kept}. Try a lower --lr, or --amp off")
+            if log_now or step == total or step == 1:
+                row = summarise(window)
+                note(step=step, lr=lr, sentences_per_second=round(len(window) * cfg.batch_size / (time.time() - since), 1), **row)
+                bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
+                window, since = [], time.time()
+            if eval_now:
+                scoring = time.time()
+                scores = score.dev(encoder)
+                note(step=step, **scores)
+                better = scores["score"] > best  # strictly (SPEC 6)
+                bar.write(f"step {step:>6}  {score.name}: {scores['score']:.2f}" + " (best so far)" * better)
+                if better:
+                    best, best_step = scores["score"], step
+                    save_model(model.encoder, tokenizer, out / "best")
+                since += time.time() - scoring  # scoring is no training
+            if step == total:
+                break
+    bar.close()
+    log.close()
+
+    model.encoder.load_state_dict(load_bert(out / "best").state_dict(), strict=False)
+    after = score.test(encoder)
+    results = {
+        "config": name, "seed": cfg.seed, "before": before, "after": after, "dev_before": first["score"], "dev_best": best,
+        "best_step": best_step, "steps": total, "minutes": round((time.time() - started) / 60, 2),
+        "command": " ".join(["python", *sys.argv]), "machine": machine(device),
+    }  # fmt: skip
+    write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
+    print("\n" + score.report({"before": before, "after": after}))
+    if best <= first["score"]:
+        print(f"training did not beat its start on {score.name}: {first['score']:.2f} before, {best:.2f} at best (step {best_step})")
+    if cfg.score == "docs":
+        print("\n" + docs.answer_questions(encoder))
+    print(f"\n{results['minutes']:.1f} minutes. Best model (step {best_step}): {out / 'best'}; numbers: {out / 'results.json'}")
+    return results
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """What the numbers of a run depend on beside its config."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "tokenizers": tokenizers.__version__,
+            "system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count() or 1, "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type}  # fmt: skip
+
+
+def main() -> None:
+    name, cfg = parse_args(sys.argv[1:])
+    train(cfg, name)
+
+
+if __name__ == "__main__":
+    run_main(main)
