@@ -14,6 +14,7 @@ Not here: token types other than 0, decoders and cross-attention, relative posit
 erf-GELU. config.json files that ask for one of these are refused.
 """
 
+import contextlib
 import json
 import math
 import mmap
@@ -55,21 +56,24 @@ class BertConfig:
     pad_token_id: int = 0
 
     def __post_init__(self) -> None:
-        if self.model_type not in FAMILIES:
+        if self.model_type not in list(FAMILIES):
             raise UserError(f"model_type is {self.model_type!r}: only {', '.join(FAMILIES)} are known here")
-        for name in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)!r}: it must be a whole number above 0")
-        for name in ("num_hidden_layers", "type_vocab_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)!r}: it must be a whole number, 0 or above")
+        if self.model_type == "distilbert":
+            self.type_vocab_size = 0
+        for name, kind in self.__annotations__.items():
+            value = getattr(self, name)
+            if kind is int:
+                least = 0 if name in ("num_hidden_layers", "type_vocab_size", "pad_token_id") else 1
+                if type(value) is not int or value < least:
+                    raise UserError(f"{name} is {value!r}: it must be a whole number of at least {least}")
+            if kind is float:
+                most = 1 if "dropout" in name else math.inf
+                if type(value) not in (int, float) or not 0 <= value < most:
+                    raise UserError(f"{name} is {value!r}: it must be a number of at least 0" + " and below 1" * (most == 1))
         if self.hidden_size % self.num_attention_heads:
             raise UserError(f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}")
-        if not isinstance(self.pad_token_id, int) or not 0 <= self.pad_token_id < self.vocab_size:
-            raise UserError(f"pad_token_id is {self.pad_token_id!r}: it must be an id of the vocabulary")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)!r}: it must be at least 0 and below 1")
+        if self.pad_token_id >= self.vocab_size:
+            raise UserError(f"pad_token_id is {self.pad_token_id}: the vocabulary has only {self.vocab_size} words")
 
     @classmethod
     def from_dict(cls, raw: dict) -> "BertConfig":
@@ -82,13 +86,15 @@ class BertConfig:
                            "attention_dropout": "attention_probs_dropout_prob", "activation": "hidden_act"}  # fmt: skip
             defaults = {"n_layers": 6}
             raw = {other_names.get(name, name): value for name, value in (defaults | raw).items()}
-            raw.update(type_vocab_size=0, layer_norm_eps=1e-12)
+            raw["layer_norm_eps"] = 1e-12
         elif family == "roberta":
             raw = {"vocab_size": 50265, "pad_token_id": 1, "max_position_embeddings": 512, "type_vocab_size": 2} | raw
         if raw.get("hidden_act", "gelu") != "gelu":
             raise UserError(f"hidden_act is {raw['hidden_act']!r}: only 'gelu' (the erf one) is built here")
         if raw.get("position_embedding_type", "absolute") != "absolute" or raw.get("sinusoidal_pos_embds"):
             raise UserError("only learned absolute position embeddings are built here")
+        if raw.get("is_decoder") or raw.get("add_cross_attention"):
+            raise UserError("is_decoder or add_cross_attention is set: only encoders are built here")
         return cls(**{name: raw[name] for name in cls.__dataclass_fields__ if name in raw})
 
     def to_dict(self) -> dict:
@@ -226,8 +232,9 @@ class Bert(nn.Module):
                 module.p = p
             if isinstance(module, SelfAttention):
                 module.dropout = p
-            if isinstance(module, Layer) and self.cfg.model_type == "distilbert":
-                module.attention_dropout.p = 0.0
+        if self.cfg.model_type == "distilbert":  # after the loop, which visits a layer before the dropouts inside it
+            for layer in self.layers:
+                layer.attention_dropout.p = 0.0
 
 
 class MLMHead(nn.Module):
@@ -264,10 +271,10 @@ class BertForMaskedLM(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------
 # safetensors: 8 bytes of length, a JSON header, the bytes of the tensors. github.com/huggingface/safetensors
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+DTYPES = {  # in the order in which the reference library lays tensors out
+    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "U32": torch.uint32, "I32": torch.int32,
+    "BF16": torch.bfloat16, "F16": torch.float16, "U16": torch.uint16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes; the reference library's own limit
 
@@ -299,7 +306,9 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     try:
         header = json.loads(data[8 : 8 + header_size].decode("utf-8"), object_pairs_hook=unique)
         header.pop("__metadata__", None)
-        spans = sorted((*(int(o) for o in entry["data_offsets"]), name) for name, entry in header.items())
+        spans = sorted((*entry["data_offsets"], name) for name, entry in header.items())
+        if any([type(part) for part in span] != [int, int, str] for span in spans):
+            raise ValueError("data_offsets must be two whole numbers")
     except UserError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -309,12 +318,14 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     for begin, end, name in spans:
         entry = header[name]
         dtype, shape = entry.get("dtype"), entry.get("shape")
-        if dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise broken(f"tensor {name!r} is of type {dtype!r}; known are {', '.join(DTYPES)}")
         if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape):
             raise broken(f"tensor {name!r} has the shape {shape!r}")
         if begin != start or end < begin or end > end_of_data:
             raise broken(f"tensor {name!r} lies at {begin}..{end}, but {start}..{end_of_data} is what is left")
+        if math.prod(max(n, 1) for n in shape) >= 2**60:  # 0 x 2^70: empty, but more than torch can count
+            raise broken(f"tensor {name!r} has the shape {shape!r}")
         numel = math.prod(shape)
         if numel * DTYPES[dtype].itemsize != end - begin:
             raise broken(f"tensor {name!r} of shape {shape} and type {dtype} does not fill its {end - begin} bytes")
@@ -332,16 +343,17 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """Write one file, whole or not at all. The layout is the reference library's: widest types first, then names."""
+    """Write one file, whole or not at all. The layout is the reference library's: by type in the order of DTYPES, then by name."""
     names_of_types = {dtype: name for name, dtype in DTYPES.items()}
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    rank = {dtype: i for i, dtype in enumerate(names_of_types)}
+    order = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
     header, start = {"__metadata__": {"format": "pt"}}, 0  # transformers refuses files without this format entry
     for name in order:
         tensor = tensors[name]
         end = start + tensor.numel() * tensor.dtype.itemsize
         header[name] = {"dtype": names_of_types[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
         start = end
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # so that the data begins at a multiple of 8
 
     def write(file) -> None:
@@ -373,7 +385,8 @@ def write_atomically(path: str | Path, content) -> None:
     except OSError as error:
         raise UserError(f"{path} could not be written: {error.strerror or error}; what was there before is unharmed") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where its folder could not be made, there is nothing to remove
+            temporary.unlink()
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -460,8 +473,12 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno}: not JSON: {error.msg}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not JSON that can be read: brackets within brackets, too deep") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+    except (OSError, ValueError) as error:  # ValueError: a number of thousands of digits
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object in braces, found {type(value).__name__}")
     return value
@@ -504,7 +521,7 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
         except Exception as error:  # torch raises many kinds here
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{folder / 'pytorch_model.bin'}: cannot be read without running code from it ({reason[:120]})") from None
-        if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
+        if not isinstance(tensors, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()):
             raise UserError(f"{folder / 'pytorch_model.bin'}: it holds something other than named tensors")
         return tensors
     raise UserError(f"{folder} holds no weights: neither model.safetensors, nor its shards, nor pytorch_model.bin")

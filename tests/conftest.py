@@ -1,0 +1,6 @@
+"""Tests never reach for the network: what is not in the repository or an installed package is skipped with a reason."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tests start subprocesses after tokenising
