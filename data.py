@@ -16,6 +16,7 @@ import os
 import sys
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -72,6 +73,8 @@ class Tokenizer:
 
     def __call__(self, sentences: list[str], max_length: int) -> list[list[int]]:
         """Ids of each sentence, [CLS] and [SEP] included in the at most max_length (SPEC 1.2). Runs in parallel."""
+        if max_length < 2:
+            raise UserError(f"max_length is {max_length}: [CLS] and [SEP] alone take 2")
         self.backend.enable_truncation(max_length)
         return [encoding.ids for encoding in self.backend.encode_batch_fast(sentences)]
 
@@ -89,10 +92,11 @@ class Tokenizer:
 def _byte_level_bpe(folder: Path) -> tokenizers.Tokenizer:
     """RoBERTa's tokenizer from vocab.json and merges.txt; as its tokenizer.json would say it."""
     backend = tokenizers.ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))._tokenizer
-    ids = {token: backend.token_to_id(token) for token in ("<s>", "</s>")}
-    if None in ids.values():
-        raise UserError(f"{folder}: the vocabulary has no <s> and </s>")
-    backend.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", tokenizers.AddedToken("<mask>", lstrip=True)])
+    special = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+    ids = {token: backend.token_to_id(token) for token in special}
+    if None in ids.values():  # add_special_tokens would invent ids that the model has no rows for
+        raise UserError(f"{folder}: the vocabulary has no {[token for token in special if ids[token] is None][0]}")
+    backend.add_special_tokens([*special[:-1], tokenizers.AddedToken("<mask>", lstrip=True)])
     backend.post_processor = tokenizers.processors.RobertaProcessing(
         ("</s>", ids["</s>"]), ("<s>", ids["<s>"]), trim_offsets=True, add_prefix_space=False)  # fmt: skip
     return backend
@@ -102,7 +106,7 @@ def _byte_level_bpe(folder: Path) -> tokenizers.Tokenizer:
 # Sentences: files -> rows of 1, 2 or 3 strings
 
 
-def _decoded_lines(path: Path) -> Iterator[str]:
+def read_lines(path: Path) -> Iterator[str]:
     """Lines without their ends, streamed. Raises UserError with file and line where the text is not UTF-8."""
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     number = 0
@@ -115,7 +119,7 @@ def _decoded_lines(path: Path) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} line {number}: not UTF-8 (byte 0x{error.object[error.start]:02x} at column {error.start + 1}); "
                         f"if it is Latin-1: iconv -f latin1 -t utf8 {path.name} > fixed.txt") from None  # fmt: skip
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         reason = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
         raise UserError(f"{path} {reason}") from None
 
@@ -130,15 +134,18 @@ def read_sentences(path: str | Path) -> Iterator[tuple[str, ...]]:
     path = Path(path)
     suffix = Path(path.stem).suffix if path.suffix in (".gz", ".xz") else path.suffix
     if suffix == ".txt":
-        yield from ((line,) for line in _decoded_lines(path))
+        yield from ((line,) for line in read_lines(path))
         return
     if suffix not in (".csv", ".tsv"):
         raise UserError(f"{path}: sentences are read from .txt, .csv and .tsv (also .gz, .xz), not from {suffix or 'no ending'!r}")
-    lines = (line + "\n" for line in _decoded_lines(path))  # a quoted cell may span lines
-    rows = csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ",")
+    lines = (line + "\n" for line in read_lines(path))  # a quoted cell may span lines
+    rows = csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ",", strict=True)  # strict: an unclosed quote is an error
     try:
-        columns = len(next(rows, []))
-        if not 0 <= columns <= 3:
+        header = next(rows, None)
+        if header is None:
+            return
+        columns = len(header)
+        if not 1 <= columns <= 3:
             raise UserError(f"{path} line 1: {columns} columns; 1 (sentence), 2 (pair) or 3 (pair, hard negative) are meant")
         for row in rows:
             if len(row) != columns and row:  # csv yields [] for an empty line
@@ -238,12 +245,11 @@ def find_model(name: str) -> Path:
 
     Raises: UserError that says what is missing and where it would come from.
     """
-    path = Path(name).expanduser()
-    if not path.exists() and not path.is_absolute():
-        path = Path(__file__).parent / name  # assets/small-bert, from any working directory
-    if path.is_dir():
-        return path
-    if path.is_file() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+    here = Path(__file__).parent / name  # assets/small-bert, from any working directory
+    for path in (Path(name).expanduser(), here):
+        if os.path.isdir(path):  # unlike Path.is_dir, it takes a name of any length
+            return path
+    if os.path.isfile(here) or os.path.isfile(name) or name.count("/") > 1 or name.startswith((".", "/", "~")) or len(name) > 200:
         raise UserError(f"{name}: no such model folder")
     from huggingface_hub import snapshot_download
 
@@ -257,7 +263,7 @@ def find_model(name: str) -> Path:
 def find_text(name: str, data: str) -> Path:
     """A sentence file: a path, a name inside the folder `data`, or a file of the Hub data set (wiki1m_for_simcse.txt)."""
     for path in (Path(name).expanduser(), Path(data) / name if data else Path(name)):
-        if path.is_file():
+        if os.path.isfile(path):
             return path
     if Path(name).name != name or name not in ("wiki1m_for_simcse.txt", "nli_for_simcse.csv"):
         raise UserError(f"{name}: no such sentence file" + f", nor in {data}" * bool(data))

@@ -18,9 +18,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bert import Bert, UserError, load_bert
-from data import Tokenizer, find_model
+from data import Tokenizer, find_model, read_lines
 
 POOLINGS = ("cls", "cls_before_pooler", "mean", "max", "avg_first_last", "avg_top2")
+
+
+def check_pooling(bert: Bert, pooling: str) -> None:
+    """Raises: UserError if there is no such pooling, or not for this model."""
+    if pooling not in POOLINGS:
+        raise UserError(f"pooling {pooling!r} is unknown; known are {', '.join(POOLINGS)}")
+    if pooling == "cls" and bert.pooler is None:
+        raise UserError("pooling 'cls' needs the model's own pooler and its file has none; use 'cls_before_pooler'")
 
 
 def pool(bert: Bert, ids: Tensor, mask: Tensor, pooling: str) -> Tensor:
@@ -30,15 +38,12 @@ def pool(bert: Bert, ids: Tensor, mask: Tensor, pooling: str) -> Tensor:
     pooler, tanh(W x + b); mean, max: over the last layer's real tokens, [CLS] and [SEP] included; avg_first_last,
     avg_top2: mean over the tokens of (X_0 + X_N) / 2 and of (X_N-1 + X_N) / 2, X_0 being the embeddings' output.
     """
-    if pooling not in POOLINGS:
-        raise UserError(f"pooling {pooling!r} is unknown; known are {', '.join(POOLINGS)}")
+    check_pooling(bert, pooling)
     states = bert(ids, mask, all_layers=True)  # X_0 .. X_N, each (B, T, D)
     first_token = states[-1][:, 0]  # (B, D)
     if pooling == "cls_before_pooler":
         return first_token
     if pooling == "cls":
-        if bert.pooler is None:
-            raise UserError("pooling 'cls' needs the model's own pooler and its file has none; use 'cls_before_pooler'")
         return torch.tanh(bert.pooler(first_token))
     weight = mask[:, :, None].to(states[-1].dtype)  # (B, T, 1)
     if pooling == "max":
@@ -57,7 +62,9 @@ def encode(bert: Bert, tokenizer: Tokenizer, sentences: list[str], pooling: str 
     too large for the memory fails at once. max_length None: as long as the model's position embeddings allow.
     normalize: to unit length. progress None: a bar from 5,000 sentences on, where a person watches.
     """
-    ids = tokenizer(sentences, min(max_length or bert.max_length, bert.max_length))
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}: it must be at least 1")
+    ids = tokenizer(sentences, bert.max_length if max_length is None else min(max_length, bert.max_length))
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     vectors = np.zeros((len(ids), bert.cfg.hidden_size), np.float32)
     training = bert.training
@@ -75,10 +82,10 @@ def encode(bert: Bert, tokenizer: Tokenizer, sentences: list[str], pooling: str 
                 bar.update(len(rows))
     finally:
         bert.train(training)
-    return _unit(vectors) if normalize else vectors
+    return unit(vectors) if normalize else vectors
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
+def unit(vectors: np.ndarray) -> np.ndarray:
     """Each vector at length 1; a vector of zeros stays."""
     norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / np.where(norms == 0, 1, norms)
@@ -92,6 +99,7 @@ class DiffCSE:
         self.bert = load_bert(folder).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.tokenizer = Tokenizer(folder).check_fits(folder, self.bert.cfg.vocab_size)
         self.pooler = pooler or "cls_before_pooler"
+        check_pooling(self.bert, self.pooler)
         self.sentences: list[str] = []
         self.index: np.ndarray | None = None  # (n, D), unit vectors
 
@@ -104,21 +112,22 @@ class DiffCSE:
         vectors = vectors[0] if single and not keepdim else vectors
         return vectors if return_numpy else torch.from_numpy(vectors)
 
-    def similarity(self, queries: str | list[str], keys: str | list[str] | np.ndarray) -> float | np.ndarray:
+    def similarity(self, queries: str | list[str], keys: str | list[str] | np.ndarray | Tensor) -> float | np.ndarray:
         """Cosine. Shapes: list, list -> (n, m); str, list -> (m,); list, str -> (n, 1); str, str -> a float.
 
         keys may be vectors made before, (m, D).
         """
-        key_vectors = _unit(np.atleast_2d(keys)) if isinstance(keys, np.ndarray) else self.encode(keys, True, keepdim=True)
+        if isinstance(keys, (np.ndarray, Tensor)):
+            key_vectors = unit(np.atleast_2d(np.asarray(keys)))
+        else:
+            key_vectors = self.encode(keys, return_numpy=True, keepdim=True)
         scores = self.encode(queries, return_numpy=True) @ key_vectors.T  # (n, m) or (m,)
         return float(scores[0]) if isinstance(queries, str) and isinstance(keys, str) else scores
 
-    def build_index(self, sentences: list[str] | str, batch_size: int = 64) -> None:
+    def build_index(self, sentences: list[str] | str | Path, batch_size: int = 64) -> None:
         """Encode what will be searched: a list, or the path of a file with one sentence a line."""
-        if isinstance(sentences, str):
-            if not Path(sentences).is_file():
-                raise UserError(f"{sentences}: no such file; give the path of a file with one sentence a line, or a list")
-            sentences = Path(sentences).read_text(encoding="utf-8").splitlines()
+        if isinstance(sentences, (str, Path)):
+            sentences = list(read_lines(Path(sentences)))
         self.sentences = [sentence.rstrip() for sentence in sentences]
         self.index = self.encode(self.sentences, return_numpy=True, batch_size=batch_size)
 
@@ -131,6 +140,8 @@ class DiffCSE:
             raise UserError("there is nothing to search yet: call build_index(sentences) first")
         if isinstance(queries, str):
             return self.search([queries], threshold, top_k)[0]
+        if top_k < 0:
+            raise UserError(f"top_k is {top_k}: it must be 0 or above")
         results = []
         for scores in self.encode(queries, return_numpy=True) @ self.index.T:  # each (n,)
             best = np.argsort(-scores, kind="stable")[:top_k]

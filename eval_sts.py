@@ -88,7 +88,9 @@ TEST_SETS = (*YEARS, "STSB", "SICKR")  # the columns of the paper's Table 1
 
 def _read_lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # not splitlines(): text may hold \x85
+        # Only \n ends a line, not \x85 or a lone \r inside a sentence; SICK's test file ends its lines with \r\n.
+        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+        return text.removesuffix("\n").split("\n")
     except FileNotFoundError:
         raise UserError(f"{path} is missing: --data names a folder that is not all of SentEval's") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -131,6 +133,8 @@ def load_set(name: str, senteval: Path) -> Pairs:
     for left, right, score, where in rows:
         try:
             pairs[2].append(float(score))
+            if not np.isfinite(pairs[2][-1]):
+                raise ValueError
         except ValueError:
             raise UserError(f"{where}: the score {score!r} is not a number") from None
         pairs[0].append(" ".join(left.split()))

