@@ -559,10 +559,12 @@ def load_bert(folder: str | Path, mlm: bool = False) -> Bert | BertForMaskedLM:
             raise UserError(f"{folder}: two tensors are both called {modern!r}")
         tensors[modern] = tensor
     prefix = family.prefix if any(name.startswith(family.prefix) for name in tensors) else ""
-    model = BertForMaskedLM(cfg) if mlm else Bert(cfg)
-    bert = model.bert if mlm else model
-    if f"{prefix}pooler.dense.weight" in tensors and "pooler" in family.encoder:
-        bert.pooler = nn.Linear(cfg.hidden_size, cfg.hidden_size)
+    with torch.device("meta"):  # no memory and no random numbers are spent on weights that the file replaces
+        model = BertForMaskedLM(cfg) if mlm else Bert(cfg)
+        bert = model.bert if mlm else model
+        if f"{prefix}pooler.dense.weight" in tensors and "pooler" in family.encoder:
+            bert.pooler = nn.Linear(cfg.hidden_size, cfg.hidden_size)
+    model.to_empty(device="cpu")
     _fill(bert, prefix, family.encoder, tensors, folder)
     if mlm:
         if any(name.startswith("discriminator.") for name in tensors):

@@ -423,7 +423,7 @@ def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype | None]:
     if not here[name]:
         raise UserError(f"--device {name}: this PyTorch finds none; there is {', '.join(n for n in here if here[n])}")
     if cfg.amp == "auto":
-        amp = None if name != "cuda" else torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        amp = None if name != "cuda" else torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     else:
         amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.amp]
     if amp is not None and name != "cuda":
@@ -474,7 +474,7 @@ def train(cfg: Config, name: str = "run") -> dict:
     model, tokenizer = build(cfg)
     if cfg.score == "docs" or cfg.train_file == "docs":
         import docs  # imports hundreds of modules to read what is written about them: only where asked for
-    score = docs.DocsScore(cfg) if cfg.score == "docs" else StsScore(cfg)
+    score = docs.DocsScore(cfg.data) if cfg.score == "docs" else StsScore(cfg)
     rows = ((s,) for s in docs.training_sentences()) if cfg.train_file == "docs" else read_sentences(find_text(cfg.train_file, cfg.data))
     sentences = TokenizedSentences(rows, tokenizer, cfg.max_length)
     if len(sentences) == 0:
@@ -496,8 +496,8 @@ def train(cfg: Config, name: str = "run") -> dict:
                                   weight_decay=0.0, fused=device.type == "cuda")  # fmt: skip
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
 
-    def encoder(texts: list[str]) -> np.ndarray:
-        return encode(model.encoder, tokenizer, texts, cfg.pooling)
+    def encoder(texts: list[str], pooling: str = cfg.pooling) -> np.ndarray:
+        return encode(model.encoder, tokenizer, texts, pooling)
 
     log = open(out / "log.jsonl", "w", encoding="utf-8")
     bar = tqdm(total=total * cfg.batch_size, unit=" sentences", unit_scale=True, disable=None)
@@ -507,6 +507,7 @@ def train(cfg: Config, name: str = "run") -> dict:
         log.flush()
 
     before = score.test(encoder)
+    first_last = score.test(lambda texts: encoder(texts, "avg_first_last"))  # the usual floor of Table 1
     first = score.dev(encoder)
     note(step=0, **first)
     bar.write(f"step {0:>6}  {score.name}: {first['score']:.2f} (before training)")
@@ -558,12 +559,12 @@ def train(cfg: Config, name: str = "run") -> dict:
     model.encoder.load_state_dict(load_bert(out / "best").state_dict(), strict=False)
     after = score.test(encoder)
     results = {
-        "config": name, "seed": cfg.seed, "before": before, "after": after, "dev_before": first["score"], "dev_best": best,
+        "config": name, "seed": cfg.seed, "before": before, "before_first_last": first_last, "after": after, "dev_before": first["score"], "dev_best": best,
         "best_step": best_step, "steps": total, "minutes": round((time.time() - started) / 60, 2),
         "command": " ".join(["python", *sys.argv]), "machine": machine(device),
     }  # fmt: skip
     write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
-    print("\n" + score.report({"before": before, "after": after}))
+    print("\n" + score.report({"before": before, "before, first-last average": first_last, "after": after}))
     if best <= first["score"]:
         print(f"training did not beat its start on {score.name}: {first['score']:.2f} before, {best:.2f} at best (step {best_step})")
     if cfg.score == "docs":
