@@ -266,7 +266,7 @@ def find_text(name: str, data: str) -> Path:
         if os.path.isfile(path):
             return path
     if Path(name).name != name or name not in ("wiki1m_for_simcse.txt", "nli_for_simcse.csv"):
-        raise UserError(f"{name}: no such sentence file" + f", nor in {data}" * bool(data))
+        raise UserError(f"{name}: no such sentence file" + (f", nor in {data}" if data else ""))
     from huggingface_hub import hf_hub_download
 
     return _hub(f"{name} (data set {HUB_DATASET})", hf_hub_download, HUB_DATASET, name, repo_type="dataset")

@@ -195,7 +195,7 @@ def parse_args(argv: list[str]) -> tuple[str, Config]:
     parser = argparse.ArgumentParser(prog="diffcse.py", usage="python diffcse.py --config NAME [--FIELD VALUE ...]", allow_abbrev=False,
                                      description="Train DiffCSE. A preset, and flags that change fields of it.",
                                      epilog="on-or-off fields take on/off. Defaults shown are bert_sts's.")  # fmt: skip
-    parser.add_argument("--config", metavar="NAME", required=True, help="a saved config.json, or one of " + ", ".join(PRESETS))
+    parser.add_argument("--config", metavar="NAME", help="a saved config.json, or one of " + ", ".join(PRESETS))
     flags = {"--config": "config"}
     for name, text in field_help().items():
         kind, default = typing.get_type_hints(Config)[name], getattr(Config, name)
@@ -208,7 +208,10 @@ def parse_args(argv: list[str]) -> tuple[str, Config]:
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         close = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
-        raise UserError(f"unknown: {unknown[0]}" + f"; did you mean {close[0]}?" * bool(close) + f" The flags are {', '.join(sorted(flags))}")
+        hint = f"; did you mean {close[0]}?" if close else ";"
+        raise UserError(f"unknown flag {unknown[0]}{hint} the flags are {', '.join(sorted(flags))}")
+    if args.config is None:
+        raise UserError(f"--config is missing: a saved config.json, or one of {', '.join(PRESETS)}; the first to try: --config demo")
     changed = {name: parse_field(name, value) for name, value in vars(args).items() if name != "config"}
     name = "run" if args.config.endswith(".json") else args.config
     return name, replace(load_preset(args.config), **changed).check()
