@@ -237,6 +237,11 @@ def make_projector(kind: str, D: int, std: float) -> nn.Module:
     return projector
 
 
+def widen(t: Tensor) -> Tensor:
+    """At least fp32: losses are computed there whatever autocast chose; the tests' fp64 stays."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 def contrastive_loss(h: Tensor, temperature: float, hard_negative_weight: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """InfoNCE over the batch, in one direction (paper section 3, equation 1; SPEC 5).
 
@@ -245,7 +250,7 @@ def contrastive_loss(h: Tensor, temperature: float, hard_negative_weight: float 
     MultipleNegativesRankingLoss with scale 1 / temperature. Starts near log B where the views tell nothing.
     """
     with torch.autocast(h.device.type, enabled=False):  # cosines / 0.05 in 8 bits of mantissa would be noise
-        z = F.normalize(h.float(), dim=-1, eps=1e-8)  # (B, V, D)
+        z = F.normalize(widen(h), dim=-1, eps=1e-8)  # (B, V, D)
         cosines = z[:, 0] @ z[:, 1].T  # (B, B)
         logits = cosines / temperature
         if h.shape[1] == 3:
@@ -269,7 +274,7 @@ def edit_sentences(generator: BertForMaskedLM, x: Tensor, x_masked: Tensor, sele
     """
     logits = generator(x_masked, mask)  # (R, T, vocabulary)
     if cfg.edit == "sample":  # the Gumbel-max way: a draw from the softmax, without waiting for the GPU
-        logits = logits.float() / cfg.edit_temperature
+        logits = widen(logits) / cfg.edit_temperature
         logits = logits - torch.empty_like(logits).exponential_().log_()
     x_edited = logits.argmax(-1)  # (R, T)
     if cfg.edit_scope == "masked":
@@ -292,7 +297,7 @@ def replaced_token_loss(logits: Tensor, replaced: Tensor, mask: Tensor, pads_in_
     kept, and the same sentences padded wider have another loss (official issue 25).
     """
     labels = replaced.long() if pads_in_loss else replaced.long().masked_fill(~mask, -100)  # -100: left out
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction=reduction)
+    return F.cross_entropy(widen(logits).flatten(0, 1), labels.flatten(), reduction=reduction)
 
 
 # ----------------------------------------------------------------------------------------------------------------
