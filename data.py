@@ -229,15 +229,20 @@ def mask_tokens(ids: Tensor, tokenizer: Tokenizer, ratio: float, how: str, gener
 HUB_DATASET = "princeton-nlp/datasets-for-simcse"  # wiki1m_for_simcse.txt, nli_for_simcse.csv, senteval.tar
 
 
-def _hub(what: str, download, *args, **options) -> Path:
-    """Call a huggingface_hub download; every way it can fail becomes one line."""
+def _from_hub(what: str, repo: str, wanted: list[str], repo_type: str = "model") -> Path:
+    """A local folder with the wanted files of a Hub repository. Every way that can fail becomes one line."""
+    from huggingface_hub import snapshot_download  # here, because importing it takes a while
+
     try:
-        return Path(download(*args, **options))
+        folder = Path(snapshot_download(repo, repo_type=repo_type, allow_patterns=wanted))
+        if any(any(folder.glob(pattern)) for pattern in wanted):  # a cache may hold other files of it
+            return folder
+        reason = "none of its files is there"
     except Exception as error:  # HTTP, offline and look-up errors share no base class across its versions
         reason = type(error).__name__
-        raise UserError(f"{what} is neither a path here nor in the Hub's cache, and could not be fetched from the Hugging Face "
-                        f"Hub ({reason}); with a network try again, or run the demo, which needs none: "
-                        "python diffcse.py --config demo") from None  # fmt: skip
+    raise UserError(f"{what} is neither a path here nor in the Hub's cache, and could not be fetched from the Hugging Face "
+                    f"Hub ({reason}); with a network try again, or run the demo, which needs none: "
+                    "python diffcse.py --config demo")  # fmt: skip
 
 
 def find_model(name: str) -> Path:
@@ -251,13 +256,15 @@ def find_model(name: str) -> Path:
             return path
     if os.path.isfile(here) or os.path.isfile(name) or name.count("/") > 1 or name.startswith((".", "/", "~")) or len(name) > 200:
         raise UserError(f"{name}: no such model folder")
-    from huggingface_hub import snapshot_download
-
     wanted = ["config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt"]
-    folder = _hub(f"model {name!r}", snapshot_download, name, allow_patterns=wanted + ["model*.safetensors*"])
+    folder = _from_hub(f"model {name!r}", name, [*wanted, "model*.safetensors*"])
     if not list(folder.glob("model*.safetensors")):  # older repositories hold only pickles
-        folder = _hub(f"model {name!r}", snapshot_download, name, allow_patterns=wanted + ["pytorch_model.bin"])
+        folder = _from_hub(f"model {name!r}", name, [*wanted, "pytorch_model.bin"])
     return folder
+
+
+def _from_hub_dataset(name: str) -> Path:
+    return _from_hub(f"{name} (data set {HUB_DATASET})", HUB_DATASET, [name], "dataset") / name
 
 
 def find_text(name: str, data: str) -> Path:
@@ -267,9 +274,7 @@ def find_text(name: str, data: str) -> Path:
             return path
     if Path(name).name != name or name not in ("wiki1m_for_simcse.txt", "nli_for_simcse.csv"):
         raise UserError(f"{name}: no such sentence file" + (f", nor in {data}" if data else ""))
-    from huggingface_hub import hf_hub_download
-
-    return _hub(f"{name} (data set {HUB_DATASET})", hf_hub_download, HUB_DATASET, name, repo_type="dataset")
+    return _from_hub_dataset(name)
 
 
 def find_senteval(data: str) -> Path:
@@ -279,9 +284,7 @@ def find_senteval(data: str) -> Path:
             if (Path(data).expanduser() / below / "STS").is_dir():
                 return Path(data).expanduser() / below
         raise UserError(f"{data}: no folder STS in it (looked also in senteval/ and SentEval/data/downstream/)")
-    from huggingface_hub import hf_hub_download
-
-    tar = _hub(f"senteval.tar (data set {HUB_DATASET})", hf_hub_download, HUB_DATASET, "senteval.tar", repo_type="dataset")
+    tar = _from_hub_dataset("senteval.tar")
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "diffcse"
     unpacked = cache / f"senteval-{tar.resolve().name[:16]}"  # the Hub names a file in its cache by its hash
     if not unpacked.is_dir():
@@ -292,7 +295,8 @@ def find_senteval(data: str) -> Path:
                     archive.extractall(Path(temporary) / "new", filter="data")  # no links or paths that lead outside
                 os.rename(Path(temporary) / "new", unpacked)
             except (tarfile.TarError, OSError, EOFError) as error:
-                raise UserError(f"{tar}: could not be unpacked ({error}); delete it to fetch it again") from None
+                if not unpacked.is_dir():  # else another process was faster
+                    raise UserError(f"{tar}: could not be unpacked ({error}); delete it to fetch it again") from None
     for sts in sorted(unpacked.rglob("STS")):
         return sts.parent
     raise UserError(f"{tar}: no folder STS in it")

@@ -176,6 +176,9 @@ def paragraphs(doc: str) -> Iterator[str]:
             text.append(directive[2])
         if stripped.endswith("::") or directive and directive[1] not in PROSE_INSIDE:
             skipped_under = here
+            if text:                                  # what follows the code is not its going on
+                yield " ".join(text)
+                text = []
         indent, hanging = here, bool(label or directive)
         labelled = hanging or labelled and bool(text)
 

@@ -322,7 +322,9 @@ def test_offline_every_lookup_points_to_the_demo(find, tmp_path, monkeypatch):
 def test_hub_models_come_as_safetensors_and_as_pickles_only_where_there_are_none(tmp_path, monkeypatch, weights):
     calls = []
 
-    def snapshot_download(name, allow_patterns):
+    def snapshot_download(name, repo_type, allow_patterns):
+        assert repo_type == "model"
+        (tmp_path / "config.json").touch()
         calls.append(allow_patterns)
         if any(Path(weights).match(pattern) for pattern in allow_patterns):
             (tmp_path / weights).touch()
@@ -342,8 +344,13 @@ def test_find_text(tmp_path, monkeypatch):
     assert data.find_text("here.txt", "") == Path("here.txt") and data.find_text("there.txt", "inside") == Path("inside/there.txt")
     with pytest.raises(UserError, match="none.txt: no such sentence file, nor in inside"):
         data.find_text("none.txt", "inside")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name, repo_type: f"/{repo_type}/{repo}/{name}")
-    assert data.find_text("wiki1m_for_simcse.txt", "inside") == Path("/dataset/princeton-nlp/datasets-for-simcse/wiki1m_for_simcse.txt")
+    hub = tmp_path / "dataset" / "princeton-nlp" / "datasets-for-simcse"
+    hub.mkdir(parents=True)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, repo_type, allow_patterns: str(tmp_path / repo_type / repo))
+    with pytest.raises(UserError, match="wiki1m_for_simcse.txt .data set princeton-nlp/datasets-for-simcse. is neither"):
+        data.find_text("wiki1m_for_simcse.txt", "inside")  # the cache knows the data set, but not this file of it
+    (hub / "wiki1m_for_simcse.txt").touch()
+    assert data.find_text("wiki1m_for_simcse.txt", "inside") == hub / "wiki1m_for_simcse.txt"
 
 
 @pytest.mark.parametrize("below", ["", "senteval", "SentEval/data/downstream", "downstream"])
@@ -365,7 +372,7 @@ def tar_of(path, *names) -> Path:
 
 def test_senteval_tar_is_unpacked_once(tmp_path, monkeypatch):
     tar = tar_of(tmp_path / "senteval.tar", "./senteval/STS/STS12-en-test/a.txt", "./senteval/SICK/b.txt")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **options: str(tar))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **options: str(tar.parent))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = data.find_senteval("")
     assert (folder / "STS/STS12-en-test/a.txt").read_bytes() == b"abc" and (folder / "SICK/b.txt").exists()
@@ -379,7 +386,7 @@ def test_bad_senteval_tars_are_refused_and_leave_nothing(tmp_path, monkeypatch, 
     tar = tmp_path / "deep" / "senteval.tar"
     tar.parent.mkdir()
     tar_of(tar, *names) if names else tar.write_bytes(b"not a tar")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **options: str(tar))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **options: str(tar.parent))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(UserError, match="senteval.tar: (could not be unpacked|no folder STS)"):
         data.find_senteval("")
