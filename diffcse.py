@@ -44,7 +44,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bert import Bert, BertForMaskedLM, UserError, load_bert, read_json, save_bert, write_atomically
-from data import TokenizedSentences, Tokenizer, epoch_order, find_model, find_senteval, find_text, mask_tokens, read_sentences, run_main
+from data import (TokenizedSentences, Tokenizer, epoch_order, find_model, find_senteval, find_text, mask_tokens,
+                  read_sentences, run_main)  # fmt: skip
 from embed import POOLINGS, DiffCSE, encode  # noqa: F401  (`from diffcse import DiffCSE` is how the tool is reached)
 from eval_sts import TEST_SETS, average, format_table, load_set, score_pairs
 
@@ -193,26 +194,29 @@ def load_preset(name: str) -> Config:
 
 def parse_args(argv: list[str]) -> tuple[str, Config]:
     """The preset's name and the configuration. A flag for each field; -h comes from the comments."""
-    parser = argparse.ArgumentParser(prog="diffcse.py", usage="python diffcse.py --config NAME [--FIELD VALUE ...]", allow_abbrev=False,
-                                     description="Train DiffCSE. A preset, and flags that change fields of it.",
-                                     epilog="on-or-off fields take on/off. Defaults shown are bert_sts's.")  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="diffcse.py", usage="python diffcse.py --config NAME [--FIELD VALUE ...]", allow_abbrev=False,
+        description="Train DiffCSE: a preset, and flags that change fields of it.",
+        epilog="The defaults shown are those of bert_sts.")  # fmt: skip
     parser.add_argument("--config", metavar="NAME", help="a saved config.json, or one of " + ", ".join(PRESETS))
     flags = {"--config": "config"}
     for name, text in field_help().items():
         kind, default = typing.get_type_hints(Config)[name], getattr(Config, name)
-        words = typing.get_args(kind) if typing.get_origin(kind) is Literal else None
         flag = f"--{name.replace('_', '-')}"
         flags[flag] = name
-        shown = "" if default is None or default == "" else f" (default: {({True: 'on', False: 'off'}.get(default, default)) if kind is bool else default})"
-        parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, metavar="|".join(words) if words else "on|off" if kind is bool else name.upper(),
-                            help=(text + shown).replace("%", "%%"))  # fmt: skip
+        if kind is bool:
+            words, default = "on|off", "on" if default else "off"
+        else:
+            words = "|".join(typing.get_args(kind)) if typing.get_origin(kind) is Literal else name.upper()
+        text += f" (default: {default})" if default not in (None, "") else ""
+        parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, metavar=words, help=text.replace("%", "%%"))
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         close = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
         hint = f"; did you mean {close[0]}?" if close else ";"
         raise UserError(f"unknown flag {unknown[0]}{hint} the flags are {', '.join(sorted(flags))}")
     if args.config is None:
-        raise UserError(f"--config is missing: a saved config.json, or one of {', '.join(PRESETS)}; the first to try: --config demo")
+        raise UserError(f"--config is missing: try --config demo, or one of {', '.join(PRESETS)}, or a saved config.json")
     changed = {name: parse_field(name, value) for name, value in vars(args).items() if name != "config"}
     name = "run" if args.config.endswith(".json") else args.config
     return name, replace(load_preset(args.config), **changed).check()
@@ -291,7 +295,8 @@ def edit_sentences(generator: BertForMaskedLM, x: Tensor, x_masked: Tensor, sele
 # 3. The difference prediction: which tokens of x'' are not those of x?
 
 
-def replaced_token_loss(logits: Tensor, replaced: Tensor, mask: Tensor, pads_in_loss: bool = True, reduction: str = "mean") -> Tensor:
+def replaced_token_loss(logits: Tensor, replaced: Tensor, mask: Tensor, pads_in_loss: bool = True,
+                        reduction: str = "mean") -> Tensor:  # fmt: skip
     """Cross-entropy of "kept" (class 0) against "replaced" (1) at every position (paper section 3, L_RTD; SPEC 3).
 
     Shapes: logits (R, T, 2); replaced, mask (R, T) bool -> (). With pads_in_loss, as published, padding counts as
@@ -332,7 +337,8 @@ class TrainingModel(nn.Module):
             self.generator.eval()
         return self
 
-    def forward(self, x: Tensor, mask: Tensor, x_masked: Tensor, selected: Tensor, V: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, mask: Tensor, x_masked: Tensor, selected: Tensor, V: int = 2,
+                ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """The loss of one batch, and sums for the log.
 
         Shapes: x, x_masked (R, T) ids, mask, selected (R, T) bool, rows sentence-major -> (), dict of ().
@@ -389,17 +395,17 @@ def build(cfg: Config) -> tuple[TrainingModel, Tokenizer]:
     encoder = load_bert(folder)
     tokenizer = Tokenizer(folder).check_fits(folder, encoder.cfg.vocab_size)
     if cfg.max_length > encoder.max_length:
-        raise UserError(f"--max-length is {cfg.max_length}, but {cfg.model} has position embeddings for {encoder.max_length} tokens")
+        raise UserError(f"--max-length is {cfg.max_length}: {cfg.model} has position embeddings for {encoder.max_length} tokens")
     if cfg.lam == 0:
         return TrainingModel(cfg, encoder, tokenizer), tokenizer
     generator_folder = find_model(cfg.generator)
     generator = load_bert(generator_folder, mlm=True)
     if generator_folder != folder and Tokenizer(generator_folder).vocabulary() != tokenizer.vocabulary():
-        raise UserError(f"--generator {cfg.generator} has another vocabulary than --model {cfg.model}: their ids are compared, so they "
-                        "must be the same (distilbert-base-uncased for bert-base-uncased, distilroberta-base for roberta-base)")  # fmt: skip
+        raise UserError(f"--generator {cfg.generator} has another vocabulary than --model {cfg.model}: ids are compared, so "
+                        "take distilbert-base-uncased with bert-base-uncased, distilroberta-base with roberta-base")  # fmt: skip
     if generator.cfg.vocab_size < tokenizer.vocab_size or cfg.max_length > generator.bert.max_length:
-        raise UserError(f"--generator {cfg.generator} is too small: {generator.cfg.vocab_size} words and {generator.bert.max_length} positions "
-                        f"for a tokenizer of {tokenizer.vocab_size} and --max-length {cfg.max_length}")  # fmt: skip
+        raise UserError(f"--generator {cfg.generator} has {generator.cfg.vocab_size} words and {generator.bert.max_length} "
+                        f"positions: too few for a tokenizer of {tokenizer.vocab_size} and --max-length {cfg.max_length}")  # fmt: skip
     return TrainingModel(cfg, encoder, tokenizer, generator, discriminator=load_bert(folder)), tokenizer
 
 
@@ -431,13 +437,12 @@ def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype | None]:
     name = next(n for n in ("cuda", "mps", "cpu") if here[n]) if cfg.device == "auto" else cfg.device
     if not here[name]:
         raise UserError(f"--device {name}: this PyTorch finds none; there is {', '.join(n for n in here if here[n])}")
-    if cfg.amp == "auto":
-        amp = None if name != "cuda" else torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    else:
-        amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.amp]
-    if amp is not None and name != "cuda":
+    if name != "cuda" and cfg.amp in ("bf16", "fp16"):
         raise UserError(f"--amp {cfg.amp} is for cuda; on {name} leave it at auto or off")
-    return torch.device(name), amp
+    if name != "cuda" or cfg.amp == "off":
+        return torch.device(name), None
+    bf16 = cfg.amp == "bf16" or cfg.amp == "auto" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.device(name), torch.bfloat16 if bf16 else torch.float16
 
 
 def new_run_folder(cfg: Config, name: str) -> Path:
@@ -465,33 +470,39 @@ def save_model(bert: Bert, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def summarise(window: list[dict[str, Tensor]]) -> dict[str, float | None]:
-    """One line of the log from the sums of the steps since the last: means, and ratios of counts. One wait for the GPU."""
-    total = dict(zip(window[0], torch.stack([torch.stack([s.float() for s in sums.values()]) for sums in window]).double().mean(0).tolist()))
-    counts = {name: total.pop(name) for name in ("tokens", "replaced", "kept", "replaced_right", "kept_right") if name in total}
-    if counts:
-        total |= {"share_replaced": counts["replaced"] / counts["tokens"],
-                  "accuracy_replaced": counts["replaced_right"] / counts["replaced"] if counts["replaced"] else None,
-                  "accuracy_kept": counts["kept_right"] / counts["kept"] if counts["kept"] else None}  # fmt: skip
-    return {name: round(value, 6) if value is not None and math.isfinite(value) else None for name, value in total.items()}
+    """One line of the log: means over the steps since the last, and ratios of their counts. Waits for the GPU once."""
+    values = torch.stack([torch.stack([value.float() for value in sums.values()]) for sums in window])  # (steps, names)
+    row = dict(zip(window[0], values.cpu().double().mean(0).tolist()))
+    if "tokens" in row:
+        tokens, replaced, kept, replaced_right, kept_right = (
+            row.pop(name) for name in ("tokens", "replaced", "kept", "replaced_right", "kept_right"))  # fmt: skip
+        row["share_replaced"] = replaced / tokens
+        row["accuracy_replaced"] = replaced_right / replaced if replaced else math.nan
+        row["accuracy_kept"] = kept_right / kept
+    return {name: round(value, 6) if math.isfinite(value) else None for name, value in row.items()}  # JSON has no NaN
 
 
 def train(cfg: Config, name: str = "run") -> dict:
     """A whole run, from the pretrained model to results.json. Returns what results.json holds."""
     started = time.time()
     device, amp = pick_device(cfg)
-    torch.manual_seed(cfg.seed)  # everything below flows from it: projector, head, dropout; data from (seed, epoch or step)
+    torch.manual_seed(cfg.seed)  # projector, head and dropout flow from it; batches and masks from (seed, epoch or step)
     model, tokenizer = build(cfg)
     if cfg.score == "docs" or cfg.train_file == "docs":
         import docs  # imports hundreds of modules to read what is written about them: only where asked for
     score = docs.DocsScore(cfg.data) if cfg.score == "docs" else StsScore(cfg)
-    rows = ((s,) for s in docs.training_sentences()) if cfg.train_file == "docs" else read_sentences(find_text(cfg.train_file, cfg.data))
+    if cfg.train_file == "docs":
+        rows = ((sentence,) for sentence in docs.training_sentences())
+    else:
+        rows = read_sentences(find_text(cfg.train_file, cfg.data))
     sentences = TokenizedSentences(rows, tokenizer, cfg.max_length)
     if len(sentences) == 0:
         raise UserError(f"{cfg.train_file}: no sentences in it")
     if len(sentences) < 2:
         raise UserError(f"{cfg.train_file}: one sentence alone has no negatives to be told from; at least 2 are needed")
     if len(sentences) < cfg.batch_size:
-        print(f"note: {cfg.train_file} has {len(sentences)} sentences, fewer than --batch-size {cfg.batch_size}: each step takes all of them", file=sys.stderr)
+        print(f"note: {cfg.train_file} has {len(sentences)} sentences, fewer than --batch-size {cfg.batch_size}: "
+              "each step takes all of them", file=sys.stderr)  # fmt: skip
     out = new_run_folder(cfg, name)
     write_atomically(out / "config.json", json.dumps(asdict(cfg), indent=2) + "\n")
 
@@ -501,8 +512,8 @@ def train(cfg: Config, name: str = "run") -> dict:
           f" ({str(amp).removeprefix('torch.') if amp else 'fp32'}), seed {cfg.seed}, into {out}")  # fmt: skip
 
     model.to(device).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8,
-                                  weight_decay=0.0, fused=device.type == "cuda")  # fmt: skip
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.9, 0.999),
+                                  eps=1e-8, weight_decay=0.0, fused=device.type == "cuda")  # fmt: skip
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
 
     def encoder(texts: list[str], pooling: str = cfg.pooling) -> np.ndarray:
@@ -526,8 +537,9 @@ def train(cfg: Config, name: str = "run") -> dict:
     while step < total:
         for chosen in epoch_order(len(sentences), cfg.batch_size, cfg.seed, step // steps_per_epoch):
             x, mask = sentences.batch(chosen)
-            masks_of_step = torch.Generator().manual_seed(int(np.random.SeedSequence([cfg.seed, step, 1]).generate_state(1)[0]))
-            x_masked, selected = mask_tokens(x, tokenizer, cfg.mask_ratio, cfg.mask, masks_of_step)
+            seed_of_step = int(np.random.SeedSequence([cfg.seed, step, 1]).generate_state(1)[0])
+            generator = torch.Generator().manual_seed(seed_of_step)
+            x_masked, selected = mask_tokens(x, tokenizer, cfg.mask_ratio, cfg.mask, generator)
             batch = (x, mask, x_masked, selected)
             if device.type == "cuda":  # pinned memory: the copy runs beside the last step's work
                 batch = tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
@@ -543,11 +555,13 @@ def train(cfg: Config, name: str = "run") -> dict:
 
             log_now, eval_now = step % cfg.log_every == 0, step % cfg.eval_every == 0 or step == total
             if (log_now or eval_now) and int(bad_step) >= 0:
-                kept = f"{out / 'best'} holds the model of step {best_step}" if best_step else "no checkpoint had been written yet"
-                raise UserError(f"the loss is not a number at step {int(bad_step)}: training stopped; {kept}. Try a lower --lr, or --amp off")
+                kept = f"{out / 'best'} holds the model of step {best_step}" if best_step else "no model had been kept yet"
+                raise UserError(f"the loss is not a number at step {int(bad_step)}: training stopped; {kept}. "
+                                "Try a lower --lr, or --amp off")  # fmt: skip
             if log_now or step == total or step == 1:
                 row = summarise(window)
-                note(step=step, lr=lr, sentences_per_second=round(len(window) * cfg.batch_size / (time.time() - since), 1), **row)
+                speed = len(window) * cfg.batch_size / (time.time() - since)
+                note(step=step, lr=lr, sentences_per_second=round(speed, 1), **row)
                 bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
                 window, since = [], time.time()
             if eval_now:
@@ -568,24 +582,25 @@ def train(cfg: Config, name: str = "run") -> dict:
     model.encoder.load_state_dict(load_bert(out / "best").state_dict(), strict=False)
     after = score.test(encoder)
     results = {
-        "config": name, "seed": cfg.seed, "before": before, "before_first_last": first_last, "after": after, "dev_before": first["score"], "dev_best": best,
-        "best_step": best_step, "steps": total, "minutes": round((time.time() - started) / 60, 2),
+        "config": name, "seed": cfg.seed, "before": before, "before_first_last": first_last, "after": after,
+        "dev_before": first["score"], "dev_best": best, "best_step": best_step, "steps": total, "minutes": round((time.time() - started) / 60, 2),
         "command": " ".join(["python", *sys.argv]), "machine": machine(device),
     }  # fmt: skip
     write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
     print("\n" + score.report({"before": before, "before, first-last average": first_last, "after": after}))
     if best <= first["score"]:
-        print(f"training did not beat its start on {score.name}: {first['score']:.2f} before, {best:.2f} at best (step {best_step})")
+        print(f"training did not beat its start on {score.name}: {first['score']:.2f} before, {best:.2f} at best")
     if cfg.score == "docs":
         print("\n" + docs.answer_questions(encoder))
-    print(f"\n{results['minutes']:.1f} minutes. Best model (step {best_step}): {out / 'best'}; numbers: {out / 'results.json'}")
+    print(f"\n{results['minutes']:.1f} minutes. The model (of step {best_step}) is in {out / 'best'}, the numbers in {out / 'results.json'}")
     return results
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
     """What the numbers of a run depend on beside its config."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "tokenizers": tokenizers.__version__,
-            "system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count() or 1, "threads": torch.get_num_threads(),
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+            "tokenizers": tokenizers.__version__, "system": f"{platform.system()} {platform.machine()}",
+            "cores": os.cpu_count() or 1, "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type}  # fmt: skip
 
 

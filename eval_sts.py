@@ -140,7 +140,8 @@ def load_set(name: str, senteval: Path) -> Pairs:
         pairs[0].append(" ".join(left.split()))
         pairs[1].append(" ".join(right.split()))
     if len(rows) != expected:
-        raise UserError(f"{name} in {senteval}: {len(rows)} scored pairs, published are {expected}: the download is damaged or another version")
+        raise UserError(f"{name} in {senteval}: {len(rows)} scored pairs, published are {expected}: "
+                        "the download is damaged or another version")  # fmt: skip
     return pairs
 
 
@@ -153,7 +154,10 @@ def score_pairs(encoder: Callable[[list[str]], np.ndarray], sets: dict[str, Pair
 
     encoder: n sentences -> (n, D). This is all that training and evaluation know of each other.
     """
-    unique = {sentence: i for i, sentence in enumerate(dict.fromkeys(s for pairs in sets.values() for side in pairs[:2] for s in side))}
+    unique: dict[str, int] = {}
+    for left, right, _ in sets.values():
+        for sentence in left + right:
+            unique.setdefault(sentence, len(unique))
     vectors = encoder(list(unique))
     results = {}
     for name, (left, right, scores) in sets.items():
@@ -175,7 +179,8 @@ def format_table(rows: dict[str, dict[str, float]]) -> str:
     width = max(map(len, rows))
     lines = [" " * width + "".join(f"{name:>8}" for name in (*TEST_SETS, "Avg."))]
     for label, scores in rows.items():
-        lines.append(f"{label:<{width}}" + "".join(f"{value:8.2f}" for value in (*(scores[n] for n in TEST_SETS), average(scores))))
+        values = [*(scores[name] for name in TEST_SETS), average(scores)]
+        lines.append(f"{label:<{width}}" + "".join(f"{value:8.2f}" for value in values))
     return "\n".join(lines)
 
 

@@ -35,7 +35,7 @@ def random_model(family: str, mlm: bool, tmp_path, name: str):
                  ("roberta", True): transformers.RobertaForMaskedLM, ("roberta", False): transformers.RobertaModel}  # fmt: skip
         theirs = kinds[family, mlm](cfg)
     with torch.no_grad():
-        for name_, p in theirs.named_parameters():
+        for p in theirs.parameters():
             if p.dim() == 1:
                 p.add_(0.3 * torch.randn_like(p))
     theirs.save_pretrained(tmp_path / name)
