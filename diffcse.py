@@ -504,7 +504,7 @@ def train(cfg: Config, name: str = "run") -> dict:
         print(f"note: {cfg.train_file} has {len(sentences)} sentences, fewer than --batch-size {cfg.batch_size}: "
               "each step takes all of them", file=sys.stderr)  # fmt: skip
     out = new_run_folder(cfg, name)
-    write_atomically(out / "config.json", json.dumps(asdict(cfg), indent=2) + "\n")
+    write_atomically(out / "config.json", json.dumps(asdict(replace(cfg, out_dir="")), indent=2) + "\n")
 
     steps_per_epoch = math.ceil(len(sentences) / cfg.batch_size)
     total = cfg.steps or cfg.epochs * steps_per_epoch
@@ -538,8 +538,8 @@ def train(cfg: Config, name: str = "run") -> dict:
         for chosen in epoch_order(len(sentences), cfg.batch_size, cfg.seed, step // steps_per_epoch):
             x, mask = sentences.batch(chosen)
             seed_of_step = int(np.random.SeedSequence([cfg.seed, step, 1]).generate_state(1)[0])
-            generator = torch.Generator().manual_seed(seed_of_step)
-            x_masked, selected = mask_tokens(x, tokenizer, cfg.mask_ratio, cfg.mask, generator)
+            random = torch.Generator().manual_seed(seed_of_step)
+            x_masked, selected = mask_tokens(x, tokenizer, cfg.mask_ratio, cfg.mask, random)
             batch = (x, mask, x_masked, selected)
             if device.type == "cuda":  # pinned memory: the copy runs beside the last step's work
                 batch = tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
@@ -553,12 +553,13 @@ def train(cfg: Config, name: str = "run") -> dict:
             bad_step = torch.where((bad_step < 0) & ~sums["loss"].isfinite(), step, bad_step)
             bar.update(cfg.batch_size)
 
-            log_now, eval_now = step % cfg.log_every == 0, step % cfg.eval_every == 0 or step == total
+            log_now = step % cfg.log_every == 0 or step in (1, total)
+            eval_now = step % cfg.eval_every == 0 or step == total
             if (log_now or eval_now) and int(bad_step) >= 0:
                 kept = f"{out / 'best'} holds the model of step {best_step}" if best_step else "no model had been kept yet"
                 raise UserError(f"the loss is not a number at step {int(bad_step)}: training stopped; {kept}. "
                                 "Try a lower --lr, or --amp off")  # fmt: skip
-            if log_now or step == total or step == 1:
+            if log_now:
                 row = summarise(window)
                 speed = len(window) * cfg.batch_size / (time.time() - since)
                 note(step=step, lr=lr, sentences_per_second=round(speed, 1), **row)
@@ -579,12 +580,12 @@ def train(cfg: Config, name: str = "run") -> dict:
     bar.close()
     log.close()
 
-    model.encoder.load_state_dict(load_bert(out / "best").state_dict(), strict=False)
+    model.encoder.load_state_dict(load_bert(out / "best").state_dict())
     after = score.test(encoder)
     results = {
         "config": name, "seed": cfg.seed, "before": before, "before_first_last": first_last, "after": after,
-        "dev_before": first["score"], "dev_best": best, "best_step": best_step, "steps": total, "minutes": round((time.time() - started) / 60, 2),
-        "command": " ".join(["python", *sys.argv]), "machine": machine(device),
+        "dev_before": first["score"], "dev_best": best, "best_step": best_step, "steps": total,
+        "minutes": round((time.time() - started) / 60, 2), "command": " ".join(["python", *sys.argv]), "machine": machine(device),
     }  # fmt: skip
     write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
     print("\n" + score.report({"before": before, "before, first-last average": first_last, "after": after}))
@@ -592,7 +593,7 @@ def train(cfg: Config, name: str = "run") -> dict:
         print(f"training did not beat its start on {score.name}: {first['score']:.2f} before, {best:.2f} at best")
     if cfg.score == "docs":
         print("\n" + docs.answer_questions(encoder))
-    print(f"\n{results['minutes']:.1f} minutes. The model (of step {best_step}) is in {out / 'best'}, the numbers in {out / 'results.json'}")
+    print(f"\n{results['minutes']:.1f} minutes. The model of step {best_step} is in {out / 'best'}, the numbers in {out}/results.json")
     return results
 
 

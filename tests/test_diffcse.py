@@ -331,6 +331,12 @@ def test_odd_train_files_that_can(run, tmp_path, capsys):
     assert "6 sentences, fewer than --batch-size 16" in capsys.readouterr().err
 
 
+def test_a_loss_that_is_not_a_number_at_once(run, monkeypatch):
+    monkeypatch.setattr(diffcse, "contrastive_loss", lambda h, *_: (h.sum() * math.nan, h.sum(-1), h.sum(-1).sum(0)))
+    with pytest.raises(UserError, match="step 1: .*no model had been kept yet"):
+        run()
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_model(run, tmp_path, monkeypatch):
     steps, forward = [], diffcse.TrainingModel.forward
 
