@@ -4,3 +4,4 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tests start subprocesses after tokenising
+os.environ["OMP_NUM_THREADS"] = "1"  # models this small are slower on several threads

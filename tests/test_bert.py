@@ -24,15 +24,6 @@ SHARED = Path(os.environ.get("DIFFCSE_SHARED") or Path(__file__).parents[2] / "s
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not here (set DIFFCSE_SHARED)")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On tensors this small a pool of threads only waits; where others share the cores, five times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def their_model(family, seed, cls=None, **options):
     """A transformers model whose sizes and weights, LayerNorms and biases included, are drawn from seed."""
     r = random.Random(seed)

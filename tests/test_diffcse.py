@@ -27,15 +27,6 @@ SMALL = str(ROOT / "assets" / "small-bert")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"the a dog cat house tree runs sleeps eats big small red blue and in on . ,".split()]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     """A model folder of 2 layers of 16 with a vocabulary of 23, and 50 sentences beside it."""
