@@ -251,7 +251,7 @@ def find_model(name: str) -> Path:
     Raises: UserError that says what is missing and where it would come from.
     """
     here = Path(__file__).parent / name  # assets/small-bert, from any working directory
-    for path in (Path(name).expanduser(), here):
+    for path in (Path(os.path.expanduser(name)), here):  # unlike Path's, it leaves an unknown ~user as it is
         if os.path.isdir(path):  # unlike Path.is_dir, it takes a name of any length
             return path
     if os.path.isfile(here) or os.path.isfile(name) or name.count("/") > 1 or name.startswith((".", "/", "~")) or len(name) > 200:
@@ -269,7 +269,7 @@ def _from_hub_dataset(name: str) -> Path:
 
 def find_text(name: str, data: str) -> Path:
     """A sentence file: a path, a name inside the folder `data`, or a file of the Hub data set (wiki1m_for_simcse.txt)."""
-    for path in (Path(name).expanduser(), Path(data) / name if data else Path(name)):
+    for path in (Path(os.path.expanduser(name)), Path(os.path.expanduser(data)) / name):
         if os.path.isfile(path):
             return path
     if Path(name).name != name or name not in ("wiki1m_for_simcse.txt", "nli_for_simcse.csv"):
@@ -281,8 +281,9 @@ def find_senteval(data: str) -> Path:
     """The folder that holds STS/ and SICK/: below `data` if given, else senteval.tar from the Hub, unpacked once."""
     if data:
         for below in ("", "senteval", "SentEval/data/downstream", "downstream"):
-            if (Path(data).expanduser() / below / "STS").is_dir():
-                return Path(data).expanduser() / below
+            folder = Path(os.path.expanduser(data)) / below
+            if os.path.isdir(folder / "STS"):
+                return folder
         raise UserError(f"{data}: no folder STS in it (looked also in senteval/ and SentEval/data/downstream/)")
     tar = _from_hub_dataset("senteval.tar")
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "diffcse"

@@ -46,7 +46,7 @@ from tqdm import tqdm
 from bert import Bert, BertForMaskedLM, UserError, load_bert, read_json, save_bert, write_atomically
 from data import (TokenizedSentences, Tokenizer, epoch_order, find_model, find_senteval, find_text, mask_tokens,
                   read_sentences, run_main)  # fmt: skip
-from embed import POOLINGS, DiffCSE, encode  # noqa: F401  (`from diffcse import DiffCSE` is how the tool is reached)
+from embed import POOLINGS, DiffCSE, check_pooling, encode  # noqa: F401  (`from diffcse import DiffCSE` is how the tool is reached)
 from eval_sts import TEST_SETS, average, format_table, load_set, score_pairs
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ PRESETS = {
     # The embedded default: the small BERT that ships with the code learns from the documentation on this machine.
     # Rate, dropout and length were chosen on one half of the pairs: small encoders move within a few steps, and back.
     "demo": Config(model="assets/small-bert", generator="assets/small-bert", train_file="docs", score="docs",
-                   steps=60, lr=1e-5, dropout=0.03, eval_every=10, log_every=10),
+                   steps=40, lr=3e-5, dropout=0.03, eval_every=5, log_every=5),
 }  # fmt: skip
 
 
@@ -170,9 +170,10 @@ def parse_field(name: str, value) -> object:
     if kind is str and not isinstance(value, str) or isinstance(value, (bool, list, dict, type(None))):
         raise UserError(f"{flag} is {value!r}: it must be of type {kind.__name__}")
     try:
-        if kind is int and float(value) != int(value):
+        number = kind(value)
+        if kind is int and (isinstance(value, float) and number != value or abs(number) >= 1 << 63):
             raise ValueError
-        return kind(value)
+        return number
     except (ValueError, OverflowError):
         raise UserError(f"{flag} is {value!r}: it must be {'a whole number' if kind is int else 'a number'}") from None
 
@@ -194,10 +195,15 @@ def load_preset(name: str) -> Config:
 
 def parse_args(argv: list[str]) -> tuple[str, Config]:
     """The preset's name and the configuration. A flag for each field; -h comes from the comments."""
-    parser = argparse.ArgumentParser(
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):  # argparse's own mistakes in one line too
+            raise UserError(f"{message}; see python diffcse.py -h")
+
+    parser = Parser(
         prog="diffcse.py", usage="python diffcse.py --config NAME [--FIELD VALUE ...]", allow_abbrev=False,
         description="Train DiffCSE: a preset, and flags that change fields of it.",
         epilog="The defaults shown are those of bert_sts.")  # fmt: skip
+    parser._negative_number_matcher = re.compile(r"^-(\d|\.\d|inf|nan)")  # -1e-5 is a number, not a flag (Python < 3.14)
     parser.add_argument("--config", metavar="NAME", help="a saved config.json, or one of " + ", ".join(PRESETS))
     flags = {"--config": "config"}
     for name, text in field_help().items():
@@ -277,7 +283,7 @@ def edit_sentences(generator: BertForMaskedLM, x: Tensor, x_masked: Tensor, sele
     Shapes: x, x_masked (R, T) ids; selected, mask (R, T) bool -> x_edited (R, T) ids, replaced (R, T) bool.
     Position 0 and padding are never replaced. A masked token that G restores is not replaced either.
     """
-    logits = generator(x_masked, mask)  # (R, T, vocabulary)
+    logits = generator(x_masked, mask)[..., : tokenizer.vocab_size]  # (R, T, vocabulary); spare rows are no words
     if cfg.edit == "sample":  # the Gumbel-max way: a draw from the softmax, without waiting for the GPU
         logits = widen(logits) / cfg.edit_temperature
         logits = logits - torch.empty_like(logits).exponential_().log_()
@@ -394,6 +400,7 @@ def build(cfg: Config) -> tuple[TrainingModel, Tokenizer]:
     folder = find_model(cfg.model)
     encoder = load_bert(folder)
     tokenizer = Tokenizer(folder).check_fits(folder, encoder.cfg.vocab_size)
+    check_pooling(encoder, cfg.pooling)
     if cfg.max_length > encoder.max_length:
         raise UserError(f"--max-length is {cfg.max_length}: {cfg.model} has position embeddings for {encoder.max_length} tokens")
     if cfg.lam == 0:
@@ -448,14 +455,16 @@ def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype | None]:
 def new_run_folder(cfg: Config, name: str) -> Path:
     """An empty folder for this run. A folder that holds a run is never written over: UserError."""
     if cfg.out_dir:
-        folder = Path(cfg.out_dir).expanduser()
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"--out-dir {folder} is there already and not an empty folder; name another, or delete it")
+        folder = Path(os.path.expanduser(cfg.out_dir))
+        if str(folder).startswith("~"):
+            raise UserError(f"--out-dir {folder}: there is no such user")
     else:
         number = 1
         while (folder := Path("runs") / f"{name}-{number}").exists():
             number += 1
     try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"--out-dir {folder} is there already and not an empty folder; name another, or delete it")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out-dir {folder} cannot be made: {error.strerror}") from None
@@ -555,8 +564,8 @@ def train(cfg: Config, name: str = "run") -> dict:
 
             log_now = step % cfg.log_every == 0 or step in (1, total)
             eval_now = step % cfg.eval_every == 0 or step == total
+            kept = f"{out / 'best'} holds the model of step {best_step}" if best_step else "no model had been kept yet"
             if (log_now or eval_now) and int(bad_step) >= 0:
-                kept = f"{out / 'best'} holds the model of step {best_step}" if best_step else "no model had been kept yet"
                 raise UserError(f"the loss is not a number at step {int(bad_step)}: training stopped; {kept}. "
                                 "Try a lower --lr, or --amp off")  # fmt: skip
             if log_now:
@@ -567,7 +576,10 @@ def train(cfg: Config, name: str = "run") -> dict:
                 window, since = [], time.time()
             if eval_now:
                 scoring = time.time()
-                scores = score.dev(encoder)
+                try:
+                    scores = score.dev(encoder)
+                except UserError as error:  # vectors that cannot be ranked
+                    raise UserError(f"step {step}: {error}; {kept}") from None
                 note(step=step, **scores)
                 better = scores["score"] > best  # strictly (SPEC 6)
                 bar.write(f"step {step:>6}  {score.name}: {scores['score']:.2f}" + " (best so far)" * better)
