@@ -140,7 +140,7 @@ PRESETS = {
     # The embedded default: the small BERT that ships with the code learns from the documentation on this machine.
     # Rate, dropout and length were chosen on one half of the pairs: small encoders move within a few steps, and back.
     "demo": Config(model="assets/small-bert", generator="assets/small-bert", train_file="docs", score="docs",
-                   steps=40, lr=3e-5, dropout=0.03, eval_every=5, log_every=5),
+                   steps=60, lr=1e-5, dropout=0.03, eval_every=10, log_every=10),
 }  # fmt: skip
 
 
