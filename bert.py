@@ -56,7 +56,7 @@ class BertConfig:
     pad_token_id: int = 0
 
     def __post_init__(self) -> None:
-        if self.model_type not in list(FAMILIES):
+        if self.model_type not in list(FAMILIES):  # list(): a JSON list cannot be looked up in a dict
             raise UserError(f"model_type is {self.model_type!r}: only {', '.join(FAMILIES)} are known here")
         if self.model_type == "distilbert":
             self.type_vocab_size = 0

@@ -564,8 +564,10 @@ def train(cfg: Config, name: str = "run") -> dict:
 
             log_now = step % cfg.log_every == 0 or step in (1, total)
             eval_now = step % cfg.eval_every == 0 or step == total
+            if not (log_now or eval_now):
+                continue
             kept = f"{out / 'best'} holds the model of step {best_step}" if best_step else "no model had been kept yet"
-            if (log_now or eval_now) and int(bad_step) >= 0:
+            if int(bad_step) >= 0:
                 raise UserError(f"the loss is not a number at step {int(bad_step)}: training stopped; {kept}. "
                                 "Try a lower --lr, or --amp off")  # fmt: skip
             if log_now:

@@ -27,15 +27,6 @@ SMALL = ROOT / "assets" / "small-bert"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"the a dog cat house tree runs sleeps eats big small red blue and in on . ,".split()]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def sentences(n, seed, least=0):
     r = random.Random(seed)
     return [" ".join(r.choices(WORDS[5:], k=r.randint(least, 12))) for _ in range(n)]
