@@ -1,14 +1,15 @@
 """A small BERT from raw text: vocabulary, masked language model, and a folder that transformers loads.
 
-    python -m lab.pretrain --text simplewiki_paragraphs.txt.xz enwiki_paragraphs.txt.xz --minutes 75 --out runs/my-bert
+    python -m lab.pretrain --text simplewiki.txt.xz enwiki.txt.xz --minutes 88 --out runs/my-bert
+    python -m lab.pretrain --text simplewiki.txt.xz enwiki.txt.xz --score runs/my-bert assets/small-bert
 
 In the order of this file: documents -> a WordPiece vocabulary -> sentences as integers -> a start for the word
-embeddings -> masked words -> training, for as long as was asked for. What is unusual here is what a small budget asks
-for; each was compared side by side (results/pretrain/trials.json):
+embeddings -> two losses -> training, for as long as was asked for. What is unusual here is what the small budget and the
+purpose ask for (side by side in results/pretrain/trials.jsonl):
     A row is one sentence, not a block of many: sentences are what the encoder is for.
+    [CLS] has a loss of its own: it must tell the words of its sentence. So it holds the sentence from the start.
     Word embeddings start as the truncated SVD of the corpus' positive pointwise mutual information (Levy and
-        Goldberg 2014), the output bias as log frequency. From N(0, 0.02) the first ten million tokens teach little
-        more than which words are frequent.
+        Goldberg 2014), the output bias as log frequency: what counting can tell need not be learned.
     No dropout, no next-sentence loss, and the vocabulary's matrix at masked positions only.
 
 Text: UTF-8, a paragraph or a sentence a line, an empty line between documents; .gz and .xz too.
@@ -41,7 +42,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from bert import BertConfig, BertForMaskedLM, UserError, load_bert, save_bert, write_atomically
-from data import TokenizedSentences, Tokenizer, mask_tokens, read_lines, run_main
+from data import TokenizedSentences, Tokenizer, find_model, mask_tokens, read_lines, run_main
 
 HELD_OUT = 1000  # paragraphs, in whole documents, that are only ever scored
 MAX_LENGTH = 64  # tokens of a sentence, [CLS] and [SEP] included; 98 of 100 are shorter
@@ -187,8 +188,8 @@ def losses(model: BertForMaskedLM, ids: Tensor, masked: Tensor, selected: Tensor
     """Masked-token loss, and the loss of saying from [CLS] alone which words the sentence has.
 
     A masked word is told from its neighbours, so masked LM gives [CLS] nothing to do. Here the same head, asked at
-    position 0, must give every word of the sentence its share: a bag of words, as in fastText and FastSent (Hill et al.
-    2016). Shapes: ids, masked (B, T); selected, mask (B, T) bool -> (), ().
+    position 0, must give every word of the sentence its share, as a paragraph vector does (Le and Mikolov 2014, PV-DBOW).
+    Shapes: ids, masked (B, T); selected, mask (B, T) bool -> (), ().
     """
     states = model.bert(masked, mask)  # (B, T, D)
     words = model.bert.embeddings.word.weight  # (V, D)
@@ -386,8 +387,9 @@ def pretrain(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="lab.pretrain", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text, .txt (also .gz, .xz)")
-    parser.add_argument("--minutes", type=float, required=True, help="of training; reading and counting take some more")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the model, log.jsonl and state.pt")
+    parser.add_argument("--minutes", type=float, help="of training; reading and counting take some more")
+    parser.add_argument("--out", metavar="DIR", help="folder for the model, log.jsonl and state.pt")
+    parser.add_argument("--score", nargs="+", metavar="MODEL", help="train nothing: score these models on the paragraphs held out")
     parser.add_argument("--vocab", type=int, default=8192, help="WordPiece vocabulary (default: 8192)")
     parser.add_argument("--layers", type=int, default=4, help="(default: 4)")
     parser.add_argument("--hidden", type=int, default=192, help="hidden size, a multiple of 64, the size of a head (default: 192)")
@@ -396,6 +398,15 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on with what is in --out")
     parser.add_argument("--overwrite", action="store_true", help="begin again in the place of what is in --out")
     args = parser.parse_args()
+    if args.score:
+        held_out = hold_out(read_documents(args.text), args.seed)[1]
+        for name in args.score:
+            folder = find_model(name)
+            model = load_bert(folder, mlm=True).to(pick_device(args.device)[0])
+            print(json.dumps({"model": name, **held_out_scores(model, Tokenizer(folder), held_out)}), flush=True)
+        return
+    if args.minutes is None or args.out is None:
+        raise UserError("--minutes and --out are needed: how long to train, and where to put the model")
     rules = {"minutes": (0 < args.minutes < math.inf, "above 0"), "vocab": (32 <= args.vocab <= 65_536, "between 32 and 65536"),
              "layers": (args.layers >= 1, "at least 1"), "seed": (0 <= args.seed < 1 << 63, "0 or above"),
              "hidden": (args.hidden >= 64 and args.hidden % 64 == 0, "a multiple of 64, the size of a head")}  # fmt: skip

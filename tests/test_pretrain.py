@@ -339,6 +339,15 @@ def test_mistakes_are_one_line_and_write_nothing(text, tmp_path, changes, messag
     assert re.search(message, done.stderr) and len(done.stderr.strip().splitlines()) == 1
 
 
+def test_scoring_a_model_without_training(text, tmp_path):
+    done = run("--text", str(text), "--score", str(SMALL))
+    held_out = pretrain.hold_out(pretrain.read_documents([str(text)]), 0)[1]
+    expected = pretrain.held_out_scores(load_bert(SMALL, mlm=True), Tokenizer(SMALL), held_out)
+    assert json.loads(done.stdout) == {"model": str(SMALL), **expected}
+    assert run("--text", str(text), "--score", "nowhere/at/all").returncode == 2
+    assert "--minutes and --out are needed" in run("--text", str(text)).stderr
+
+
 @pytest.mark.parametrize("content, message", [("", "no text in it"), (" \n\n\t\n", "no text in it"), ("only one line", "more are needed")])
 def test_too_little_text(tmp_path, content, message):
     (tmp_path / "little.txt").write_text(content)

@@ -1,0 +1,65 @@
+"""Plots of what is under results/, as PNG and SVG. Needs matplotlib (pip install matplotlib), which nothing else here does.
+
+    python -m lab.plots pretraining --out results/pretrain/held_out
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from bert import UserError
+from data import read_lines, run_main
+
+RESULTS = Path(__file__).parent.parent / "results"
+WIDTH = 3.3  # inches: a column of a two-column paper
+
+
+def figure(rows: int = 1):
+    """An empty figure of one column's width, readable in greyscale: lines differ by dashes, not by colour alone."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("plots need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams |= {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "diffcse",
+                        "axes.grid": True, "grid.color": "0.9", "legend.frameon": False}  # fmt: skip
+    return pyplot.subplots(rows, 1, figsize=(WIDTH, 2.2 * rows), sharex=True, layout="constrained")
+
+
+def save(fig, out: str) -> None:
+    for suffix in ("png", "svg"):
+        path = Path(out).with_suffix("." + suffix)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fig.savefig(path, dpi=200, metadata={"Date": None} if suffix == "svg" else None)
+        print(path)
+
+
+def pretraining(out: str) -> None:
+    """Held-out loss and accuracy a word against tokens seen, with the models they are compared with as lines."""
+    log = [json.loads(line) for line in read_lines(RESULTS / "pretrain" / "log.jsonl")]
+    others = [json.loads(line) for line in read_lines(RESULTS / "pretrain" / "held_out.jsonl")]
+    fig, axes = figure(rows=2)
+    tokens = [row["tokens"] / 1e6 for row in log]
+    for axis, name, label, scale in zip(axes, ("loss", "accuracy"), ("held-out loss, nats a word", "held-out words right, %"), (1, 100)):
+        axis.plot(tokens, [scale * row[name] for row in log], color="black", label="assets/small-bert")
+        for other, dashes in zip([row for row in others if row["model"] != "assets/small-bert"], ((4, 2), (1, 1), (4, 1, 1, 1))):
+            axis.axhline(scale * other[name], color="0.4", dashes=dashes, label=other["model"])
+        axis.set_ylabel(label)
+    axes[0].legend()
+    axes[1].set_xlabel("tokens seen, millions")
+    save(fig, out)
+
+
+def main() -> None:
+    plots = {"pretraining": pretraining}
+    parser = argparse.ArgumentParser(prog="lab.plots", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("plot", choices=plots)
+    parser.add_argument("--out", required=True, metavar="FILE", help="without an ending: .png and .svg are written")
+    args = parser.parse_args()
+    plots[args.plot](args.out)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,97 @@
+"""lab/reproduce.py and lab/plots.py: the search, the table, what is skipped; plots that open."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bert import UserError
+from diffcse import Config
+from eval_sts import TEST_SETS
+from lab import plots, reproduce
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def fake_runs(monkeypatch):
+    """diffcse.py replaced by a function that knows which values are best; what was run, in order."""
+    ran = []
+
+    def run(flags, folder, config, data):
+        if (folder / "results.json").is_file():
+            return json.loads((folder / "results.json").read_text())
+        ran.append(dict(flags))
+        wanted = {"lr": 3e-5, "lam": 0.05, "mask_ratio": 0.15}
+        dev = 70 - sum(abs(np.log(flags.get(name, getattr(Config, name)) / value)) for name, value in wanted.items() if flags.get("lam", 1) or name == "lr")
+        dev += 0.01 * flags["seed"]
+        columns = {name: dev + i for i, name in enumerate((*TEST_SETS, "average"))}
+        result = {"dev_best": dev, "dev_before": 50.0, "after": columns, "before": dict.fromkeys(columns, 1.0), "before_first_last": dict.fromkeys(columns, 2.0)}
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps(result))
+        return result
+
+    monkeypatch.setattr(reproduce, "run", run)
+    return ran
+
+
+def test_each_row_is_searched_on_dev_then_run_with_the_seeds(fake_runs, tmp_path):
+    table = reproduce.table_1(tmp_path, "bert_sts", "", [0, 1, 2])
+    chosen = [json.loads((tmp_path / reproduce.slug(row) / "chosen.json").read_text()) for row in reproduce.TABLE_1]
+    assert [c["lr"] for c in chosen] == [3e-5] * 4
+    assert all(c["lam"] == 0.05 and c["mask_ratio"] == 0.15 for c in chosen[2:]) and all(c["lam"] == 0 for c in chosen[:2])
+    searching = [flags for flags in fake_runs if flags["seed"] in reproduce.SEARCH_SEEDS]
+    assert {flags["seed"] for flags in fake_runs} - set(reproduce.SEARCH_SEEDS) == {0, 1, 2}
+    # SimCSE: 4 rates. DiffCSE: 4 rates, then 3 more lambdas and 2 more mask ratios (the preset's are among the rates' runs).
+    assert len(searching) == 2 * (4 + 4 + 9 + 9) and len(fake_runs) - len(searching) == 4 * 3
+    count = len(fake_runs)
+    assert reproduce.table_1(tmp_path, "bert_sts", "", [0, 1, 2]) == table and len(fake_runs) == count  # nothing is run twice
+
+    rows = table.splitlines()
+    assert all(row.count("|") == 11 for row in rows)
+    dev = [70 + 0.01 * seed for seed in range(3)]
+    diffcse = next(row for row in rows if row.startswith("| DiffCSE, published"))
+    assert f"{np.mean(dev):.2f} ± {np.std(dev):.2f}" in diffcse and f"{np.mean(dev) + 7:.2f} ± {np.std(dev):.2f}" in diffcse
+    paper = [float(x) for x in re.findall(r"\*(\d+\.\d+)\*", rows[rows.index(diffcse) + 1])]
+    assert paper[-1] == 78.49 and np.mean(paper[:-1]) == pytest.approx(78.49, abs=0.005)
+    for row in reproduce.TABLE_1:
+        assert not row.paper or np.mean(row.paper[:-1]) == pytest.approx(row.paper[-1], abs=0.006)
+
+
+def test_every_flag_of_every_row_is_one_of_diffcse():
+    from diffcse import parse_args
+
+    for row in reproduce.TABLE_1:
+        words = [word for name, value in row.flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        parse_args(["--config", "bert_sts", *words])
+    assert set(reproduce.GRID) == {name for row in reproduce.TABLE_1 for name in row.grid}
+
+
+def test_a_real_run_leaves_its_numbers_and_no_model(tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"sentence number {i} of some\n" for i in range(40)))
+    flags = {"lam": 0.0, "steps": 1, "seed": 3, "train_file": str(tmp_path / "text.txt")}
+    result = reproduce.run(flags, tmp_path / "run", "demo", "")
+    assert result["seed"] == 3 and sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json", "log.jsonl", "results.json"]
+    (tmp_path / "run" / "log.jsonl").unlink()
+    assert reproduce.run(flags, tmp_path / "run", "demo", "") == result and not (tmp_path / "run" / "log.jsonl").exists()
+    with pytest.raises(UserError, match="exit code 2"):
+        reproduce.run({"lr": -1}, tmp_path / "other", "demo", "")
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--seeds", "0,x"], "--seeds is '0,x'"),
+    (["--seeds", "0,100"], "100 is one of the seeds that the search uses"),
+])  # fmt: skip
+def test_mistakes(argv, message):
+    done = subprocess.run([sys.executable, "-m", "lab.reproduce", "--table", "1", "--config", "demo", *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_the_plot_of_pretraining(tmp_path):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    plots.pretraining(str(tmp_path / "held_out"))
+    assert (tmp_path / "held_out.png").read_bytes().startswith(b"\x89PNG") and "<svg" in (tmp_path / "held_out.svg").read_text()
