@@ -6,7 +6,7 @@
 In the order of this file: documents -> a WordPiece vocabulary -> sentences as integers -> a start for the word
 embeddings -> two losses -> training, for as long as was asked for. What is unusual here is what the small budget and the
 purpose ask for (side by side in results/pretrain/trials.jsonl):
-    A row is one sentence, not a block of many: sentences are what the encoder is for.
+    Rows are one sentence or a few, of many lengths: sentences are what the encoder is for.
     [CLS] has a loss of its own: it must tell the words of its sentence. So it holds the sentence from the start.
     Word embeddings start as the truncated SVD of the corpus' positive pointwise mutual information (Levy and
         Goldberg 2014), the output bias as log frequency: what counting can tell need not be learned.
@@ -92,7 +92,7 @@ def train_vocabulary(documents: list[list[str]], size: int, folder: Path) -> Tok
     """A lower-cased WordPiece vocabulary of exactly `size`, written where transformers looks for it."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     wordpiece = tokenizers.BertWordPieceTokenizer(lowercase=True)
-    wordpiece.train_from_iterator((p for d in documents for p in d), vocab_size=size, min_frequency=2, limit_alphabet=min(1000, size // 4),
+    wordpiece.train_from_iterator((p for d in documents for p in d), vocab_size=size, min_frequency=2, limit_alphabet=min(400, size // 4),
                                   special_tokens=special, show_progress=sys.stderr.isatty())  # fmt: skip
     if wordpiece.get_vocab_size() != size:
         raise UserError(f"--vocab is {size}, and the text has only {wordpiece.get_vocab_size()} pieces that occur twice: "
@@ -108,12 +108,36 @@ def train_vocabulary(documents: list[list[str]], size: int, folder: Path) -> Tok
     return Tokenizer(folder)
 
 
-def tokenize(documents: list[list[str]], tokenizer: Tokenizer) -> TokenizedSentences:
-    """Every sentence as one row of ids."""
-    rows = ((s,) for document in documents for paragraph in document for s in split_sentences(paragraph))
-    sentences = TokenizedSentences(rows, tokenizer, MAX_LENGTH)
-    sentences.views = 1  # a sentence stands once in a batch
-    return sentences
+def tokenize(documents: list[list[str]], tokenizer: Tokenizer, seed: int) -> TokenizedSentences:
+    """Rows of ids: [CLS] one or more sentences that follow each other in a document [SEP].
+
+    A row takes sentences until the next would make it longer than a length drawn for it between a quarter of MAX_LENGTH
+    and MAX_LENGTH: long ones teach words by their context, short ones are what the encoder is for.
+    """
+    in_document = []  # how many sentences each document has
+
+    def every_sentence() -> Iterator[tuple[str]]:
+        for document in documents:
+            split = [sentence for paragraph in document for sentence in split_sentences(paragraph)]
+            in_document.append(len(split))
+            yield from ((sentence,) for sentence in split)
+
+    rows = TokenizedSentences(every_sentence(), tokenizer, MAX_LENGTH)
+    limits = np.random.default_rng([seed, 3]).integers(MAX_LENGTH // 4, MAX_LENGTH + 1, len(rows)).tolist()
+    first_of_document = set(np.cumsum([0, *in_document]).tolist())
+    firsts, room = [], 0
+    for i, length in enumerate((np.diff(rows.starts) - 2).tolist()):
+        if i in first_of_document or length > room:
+            firsts.append(i)
+            room = limits[len(firsts) - 1] - 2
+        room -= length
+    keep = np.ones(len(rows.ids), bool)  # all but [SEP] [CLS] between the sentences of one row
+    inner = np.setdiff1d(np.arange(len(rows)), firsts)
+    keep[rows.starts[inner]] = keep[rows.starts[inner] - 1] = False
+    before = np.concatenate([[0], keep.cumsum()])
+    rows.ids, rows.starts = rows.ids[keep], before[rows.starts[[*firsts, -1]]]
+    rows.views = 1  # a row stands once in a batch
+    return rows
 
 
 def batches(sentences: TokenizedSentences, seed: int) -> Iterator[np.ndarray]:
@@ -261,8 +285,10 @@ def pick_device(name: str) -> tuple[torch.device, bool]:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this PyTorch finds none")
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if name == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    return torch.device(name), bf16
+    if name == "cuda":
+        return torch.device(name), torch.cuda.is_bf16_supported(including_emulation=False)
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private: not in every version
+    return torch.device(name), supported is not None and supported()
 
 
 def load_state(args: argparse.Namespace, fixed: dict) -> dict | None:
@@ -313,7 +339,7 @@ def pretrain(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:  # --out is not touched before the first step has been taken
         tokenizer = Tokenizer(out) if saved else train_vocabulary(documents, args.vocab, Path(folder))
         tokenizer_files = {file.name: file.read_bytes() for file in tokenizer.files}
-    sentences = tokenize(documents, tokenizer)
+    sentences = tokenize(documents, tokenizer, args.seed)
     model = load_bert(out, mlm=True) if saved else new_model(tokenizer, sentences, args.layers, args.hidden)
     model.to(device)
     model.bert.set_dropout(0.0)  # who sees everything about once does not overfit

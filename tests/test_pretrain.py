@@ -50,7 +50,7 @@ def small_run(text, tmp_path):
     """Vocabulary and sentences of the small language."""
     documents, held_out = pretrain.hold_out(pretrain.read_documents([str(text)]), 0)
     tokenizer = pretrain.train_vocabulary(documents, 100, tmp_path / "vocabulary")
-    return tokenizer, pretrain.tokenize(documents, tokenizer), held_out
+    return tokenizer, pretrain.tokenize(documents, tokenizer, 0), held_out
 
 
 def flags(source, out, **changes) -> list[str]:
@@ -110,6 +110,32 @@ def test_the_vocabulary_is_what_transformers_reads(small_run, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("longest", [8, 16, 64])
+def test_rows_are_whole_sentences_in_order_within_a_document(small_run, text, monkeypatch, longest):
+    tokenizer, _, _ = small_run
+    monkeypatch.setattr(pretrain, "MAX_LENGTH", longest)
+    documents = pretrain.read_documents([str(text)])
+    documents += [[""], ["x " * 300], ["One. Two. Three. " * 40]]
+    rows = pretrain.tokenize(documents, tokenizer, seed=4)
+    rows = [rows.ids[a:b].tolist() for a, b in itertools.pairwise(rows.starts)]
+    assert all(row[0] == tokenizer.cls and row[-1] == tokenizer.sep and len(row) <= longest for row in rows)
+    assert not any({tokenizer.cls, tokenizer.sep, tokenizer.pad} & set(row[1:-1]) for row in rows)
+    # Row after row they are the sentences of the documents, each cut to the longest, and no row has those of two documents.
+    at = 0
+    for document in documents:
+        wanted = [tokenizer([s], longest)[0][1:-1] for paragraph in document for s in pretrain.split_sentences(paragraph)]
+        found, count = [], 0
+        while len(found) < sum(map(len, wanted)) or not count:
+            found += rows[at][1:-1]
+            at, count = at + 1, count + 1
+        assert found == sum(wanted, [])
+    assert at == len(rows)
+    assert pretrain.tokenize(documents, tokenizer, seed=4).starts.tolist() == np.cumsum([0, *map(len, rows)]).tolist()
+    if longest == 64:
+        lengths = np.array([len(row) for row in rows])
+        assert (lengths < 32).sum() > 50 and (lengths >= 48).sum() > 20  # of many lengths
 
 
 def test_batches_hold_every_sentence_once_an_epoch(small_run, monkeypatch):
