@@ -47,9 +47,9 @@ from data import TokenizedSentences, Tokenizer, find_model, mask_tokens, read_li
 HELD_OUT = 1000  # paragraphs, in whole documents, that are only ever scored
 MAX_LENGTH = 64  # tokens of a sentence, [CLS] and [SEP] included; 98 of 100 are shorter
 BATCH_TOKENS = 4096  # real tokens in a step
-RATE, WARM_UP = 2e-3, 0.06  # peak learning rate; share of the time in which it rises, before it falls to 0
+RATE, WARM_UP = 1.5e-3, 0.06  # peak learning rate; share of the time in which it rises, before it falls to 0
 MASK_RATIO = 0.20
-BAG_WEIGHT = 0.2  # of the loss that [CLS] alone answers for
+BAG_WEIGHT = 0.05  # of the loss that [CLS] alone answers for
 WINDOW = 5  # words to each side that count as seen together
 
 # ----------------------------------------------------------------------------------------------------------------

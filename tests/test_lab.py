@@ -91,7 +91,13 @@ def test_mistakes(argv, message):
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_the_plot_of_pretraining(tmp_path):
+def test_the_plot_of_pretraining(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    monkeypatch.setattr(plots, "RESULTS", tmp_path)
+    (tmp_path / "pretrain").mkdir()
+    rows = [{"tokens": 10**6 * n, "loss": 9 - n / 10, "accuracy": n / 100} for n in range(5)]
+    (tmp_path / "pretrain" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    models = [{"model": name, "loss": 7.0, "accuracy": 0.2} for name in ("assets/small-bert", "another")]
+    (tmp_path / "pretrain" / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in models))
     plots.pretraining(str(tmp_path / "held_out"))
     assert (tmp_path / "held_out.png").read_bytes().startswith(b"\x89PNG") and "<svg" in (tmp_path / "held_out.svg").read_text()
