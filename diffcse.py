@@ -64,7 +64,7 @@ class Config:
     out_dir: str = ""  # folder for the best model, config.json, log.jsonl and results.json (default: runs/NAME-1, -2, ...)
     seed: int = 42  # decides all that is random
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: on cuda bf16, or fp16 where the card has no bf16
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: on cuda bf16, or fp16 where the card has no bf16. A CPU with AVX512-BF16 gains by bf16
 
     # Optimisation [6]: AdamW (0.9, 0.999), eps 1e-8, no weight decay; linear from lr to 0, no warm-up
     epochs: int = 2  # times through the train file
@@ -447,9 +447,9 @@ def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype | None]:
     name = next(n for n in ("cuda", "mps", "cpu") if here[n]) if cfg.device == "auto" else cfg.device
     if not here[name]:
         raise UserError(f"--device {name}: this PyTorch finds none; there is {', '.join(n for n in here if here[n])}")
-    if name != "cuda" and cfg.amp in ("bf16", "fp16"):
-        raise UserError(f"--amp {cfg.amp} is for cuda; on {name} leave it at auto or off")
-    if name != "cuda" or cfg.amp == "off":
+    if (name, cfg.amp) in (("cpu", "fp16"), ("mps", "fp16"), ("mps", "bf16")):
+        raise UserError(f"--amp {cfg.amp} is not for {name}; leave it at auto or off" + ", or take bf16" * (name == "cpu"))
+    if cfg.amp == "off" or name != "cuda" and cfg.amp == "auto":
         return torch.device(name), None
     bf16 = cfg.amp == "bf16" or cfg.amp == "auto" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.device(name), torch.bfloat16 if bf16 else torch.float16

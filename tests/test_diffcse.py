@@ -254,13 +254,14 @@ def test_step_is_adamw_without_weight_decay_after_clipping(tiny):
             torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9, msg=name)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_step_on_cuda_under_bf16_is_near_fp32(tiny):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))])
+def test_step_under_bf16_is_near_fp32(tiny, device):
     model, batch = training_model(tiny, dropout=0.0, generator_dropout=False)
-    model, batch = model.cuda(), [t.cuda() for t in batch]
+    model, batch = model.to(device), [t.to(device) for t in batch]
     plain = model(*batch)[0]
-    with torch.autocast("cuda", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         half = model(*batch)[0]
+    assert half != plain
     torch.testing.assert_close(half, plain, rtol=0.05, atol=0.05)
 
 
@@ -344,13 +345,23 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_model
 
 @pytest.mark.parametrize("changes, says", [
     ({"generator": SMALL}, "another vocabulary"), ({"max_length": 41}, "position embeddings for 40"), ({"model": "no/such/model"}, "no such model folder"),
-    ({"device": "cuda"}, "finds none"), ({"amp": "bf16"}, "is for cuda"), ({"train_file": "none.txt"}, "no such sentence file"),
+    ({"device": "cuda"}, "finds none"), ({"amp": "fp16"}, "is not for cpu; .* bf16"), ({"train_file": "none.txt"}, "no such sentence file"),
 ])  # fmt: skip
 def test_parts_that_do_not_fit(run, changes, says):
     if changes.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
     with pytest.raises(UserError, match=says):
         run(**changes)
+
+
+def test_mixed_precision_on_a_cpu(run, tmp_path):
+    run()
+    run(amp="bf16", out_dir=str(tmp_path / "half"))
+    plain, half = log_of(tmp_path / "out"), log_of(tmp_path / "half")
+    assert [row["loss"] for row in plain if "loss" in row] != [row["loss"] for row in half if "loss" in row]
+    assert half[1]["loss"] == pytest.approx(plain[1]["loss"], rel=0.05)  # the first step: the same weights, the same dropout
+    assert {t.dtype for t in bert.load_bert(tmp_path / "half" / "best").state_dict().values()} == {torch.float32}
+    assert diffcse.pick_device(Config(device="cpu")) == (torch.device("cpu"), None)  # bf16 only where asked for
 
 
 def test_a_tokenizer_larger_than_the_model(run, tiny, tmp_path):

@@ -417,7 +417,7 @@ def test_parse_field(name, value, expected):
 @pytest.mark.parametrize("args, says", [
     (["--config", "bert_st"], "bert_sts"), (["--config", "demo", "--lerning-rate", "1"], "unknown flag --lerning-rate"), (["--config", "demo", "--lam=-1"], "--lam"),
     (["--config", "demo", "--lr"], "--lr"), (["--config", "demo", "--lr", "-1e-5"], "--lr"), (["--config"], "--config"), (["demo"], "unknown flag demo"),
-    (["--config", "missing.json"], "missing.json"), (["--config", "demo", "--amp", "bf16", "--device", "cpu"], "--amp bf16"),
+    (["--config", "missing.json"], "missing.json"), (["--config", "demo", "--amp", "fp16", "--device", "cpu"], "--amp fp16"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(args, says):
     shown = subprocess.run([sys.executable, str(ROOT / "diffcse.py"), *args], capture_output=True, text=True)
