@@ -60,7 +60,7 @@ class Config:
     generator: str = "distilbert-base-uncased"  # masked language model with the encoder's vocabulary; it stays fixed
     train_file: str = "wiki1m_for_simcse.txt"  # sentences: .txt, .csv, .tsv (also .gz, .xz), or 'docs': Python's documentation
     data: str = ""  # folder with STS/ and SICK/ (and the train file): nothing is downloaded that lies there
-    score: Literal["stsb", "docs"] = "stsb"  # what chooses the best checkpoint: STS-B dev, or finding documentation
+    score: Literal["stsb", "dev", "docs"] = "stsb"  # what chooses the best checkpoint: STS-B dev (dev: and the test sets stay shut), or finding documentation
     out_dir: str = ""  # folder for the best model, config.json, log.jsonl and results.json (default: runs/NAME-1, -2, ...)
     seed: int = 42  # decides all that is random
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
@@ -420,14 +420,14 @@ def build(cfg: Config) -> tuple[TrainingModel, Tokenizer]:
 
 
 class StsScore:
-    """STS-B dev chooses the checkpoint; the seven test sets are for before and after."""
+    """STS-B dev chooses the checkpoint; the seven test sets are for before and after, and not for a search (--score dev)."""
 
     name = "STS-B dev, Spearman x 100"
 
     def __init__(self, cfg: Config):
         folder = find_senteval(cfg.data)
         self.dev_sets = {name: load_set(name, folder) for name in ("STSB-dev", "SICKR-dev")}
-        self.test_sets = {name: load_set(name, folder) for name in TEST_SETS}
+        self.test_sets = {name: load_set(name, folder) for name in TEST_SETS if cfg.score == "stsb"}
 
     def dev(self, encoder) -> dict[str, float]:
         scores = score_pairs(encoder, self.dev_sets)
@@ -435,10 +435,10 @@ class StsScore:
 
     def test(self, encoder) -> dict[str, float]:
         scores = score_pairs(encoder, self.dev_sets | self.test_sets)
-        return {**scores, "average": average(scores)}
+        return {**scores, "average": average(scores)} if self.test_sets else scores
 
     def report(self, rows: dict[str, dict[str, float]]) -> str:
-        return format_table(rows)
+        return format_table(rows) if self.test_sets else ""
 
 
 def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype | None]:

@@ -22,7 +22,7 @@ def fake_runs(monkeypatch):
     """diffcse.py replaced by a function that knows which values are best; what was run, in order."""
     ran = []
 
-    def run(flags, folder, config, data):
+    def run(flags, folder, config, more):
         if (folder / "results.json").is_file():
             return json.loads((folder / "results.json").read_text())
         ran.append(dict(flags))
@@ -40,16 +40,17 @@ def fake_runs(monkeypatch):
 
 
 def test_each_row_is_searched_on_dev_then_run_with_the_seeds(fake_runs, tmp_path):
-    table = reproduce.table_1(tmp_path, "bert_sts", "", [0, 1, 2])
+    table = reproduce.table_1(tmp_path, "bert_sts", [], [0, 1, 2])
     chosen = [json.loads((tmp_path / reproduce.slug(row) / "chosen.json").read_text()) for row in reproduce.TABLE_1]
     assert [c["lr"] for c in chosen] == [3e-5] * 4
     assert all(c["lam"] == 0.05 and c["mask_ratio"] == 0.15 for c in chosen[2:]) and all(c["lam"] == 0 for c in chosen[:2])
-    searching = [flags for flags in fake_runs if flags["seed"] in reproduce.SEARCH_SEEDS]
-    assert {flags["seed"] for flags in fake_runs} - set(reproduce.SEARCH_SEEDS) == {0, 1, 2}
-    # SimCSE: 4 rates. DiffCSE: 4 rates, then 3 more lambdas and 2 more mask ratios (the preset's are among the rates' runs).
-    assert len(searching) == 2 * (4 + 4 + 9 + 9) and len(fake_runs) - len(searching) == 4 * 3
+    searching = [flags for flags in fake_runs if flags["seed"] == reproduce.SEARCH_SEED]
+    assert all(flags["score"] == "dev" for flags in searching) and not any("score" in flags for flags in fake_runs if flags not in searching)
+    assert {flags["seed"] for flags in fake_runs} - {reproduce.SEARCH_SEED} == {0, 1, 2}
+    # SimCSE: 3 rates. DiffCSE: 3 rates, then 2 more lambdas and 1 more mask ratio (the preset's are among the rates' runs).
+    assert len(searching) == 3 + 3 + 6 + 6 and len(fake_runs) - len(searching) == 4 * 3
     count = len(fake_runs)
-    assert reproduce.table_1(tmp_path, "bert_sts", "", [0, 1, 2]) == table and len(fake_runs) == count  # nothing is run twice
+    assert reproduce.table_1(tmp_path, "bert_sts", [], [0, 1, 2]) == table and len(fake_runs) == count  # nothing is run twice
 
     rows = table.splitlines()
     assert all(row.count("|") == 11 for row in rows)
@@ -74,17 +75,20 @@ def test_every_flag_of_every_row_is_one_of_diffcse():
 def test_a_real_run_leaves_its_numbers_and_no_model(tmp_path):
     (tmp_path / "text.txt").write_text("".join(f"sentence number {i} of some\n" for i in range(40)))
     flags = {"lam": 0.0, "steps": 1, "seed": 3, "train_file": str(tmp_path / "text.txt")}
-    result = reproduce.run(flags, tmp_path / "run", "demo", "")
+    result = reproduce.run(flags, tmp_path / "run", "demo", [])
     assert result["seed"] == 3 and sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json", "log.jsonl", "results.json"]
     (tmp_path / "run" / "log.jsonl").unlink()
-    assert reproduce.run(flags, tmp_path / "run", "demo", "") == result and not (tmp_path / "run" / "log.jsonl").exists()
+    assert reproduce.run(flags, tmp_path / "run", "demo", []) == result and not (tmp_path / "run" / "log.jsonl").exists()
+    with pytest.raises(UserError, match="holds a run with other settings"):
+        reproduce.run(flags, tmp_path / "run", "demo", ["--lr", "1e-3"])
     with pytest.raises(UserError, match="exit code 2"):
-        reproduce.run({"lr": -1}, tmp_path / "other", "demo", "")
+        reproduce.run(flags | {"train_file": "nowhere.txt"}, tmp_path / "other", "demo", [])
 
 
 @pytest.mark.parametrize("argv, message", [
     (["--seeds", "0,x"], "--seeds is '0,x'"),
-    (["--seeds", "0,100"], "100 is one of the seeds that the search uses"),
+    (["--seeds", "0,100"], "100 is the seed of the search"),
+    (["--lamda", "0.1"], "did you mean --lam"),
 ])  # fmt: skip
 def test_mistakes(argv, message):
     done = subprocess.run([sys.executable, "-m", "lab.reproduce", "--table", "1", "--config", "demo", *argv], cwd=ROOT, capture_output=True, text=True)

@@ -242,6 +242,18 @@ def test_a_run_scored_by_sts_from_its_first_row_to_its_results(run, tmp_path):
         assert score == pytest.approx(results["after"][name], abs=1e-6)
 
 
+def test_a_search_never_opens_the_test_sets(run, tmp_path, capsys):
+    whole, before = run(), log_of(tmp_path / "out")
+    for path in (tmp_path / "senteval").rglob("*"):
+        if path.is_file() and path.name not in ("sts-dev.csv", "SICK_trial.txt"):
+            path.unlink()
+    results = run(score="dev", out_dir=str(tmp_path / "search"))
+    assert set(results["before"]) == set(results["after"]) == {"STSB-dev", "SICKR-dev"}
+    assert results["dev_best"] == whole["dev_best"] and results["best_step"] == whole["best_step"]
+    scores = [[row["score"] for row in rows if "score" in row] for rows in (before, log_of(tmp_path / "search"))]
+    assert scores[0] == scores[1]
+
+
 @pytest.mark.parametrize("family, pooler", [("bert", True), ("bert", False), ("roberta", True), ("distilbert", False)])
 def test_every_family_trains_and_its_best_model_loads_everywhere(run, tmp_path, family, pooler):
     """With and without a pooler of its own; the generator is another family's where that is allowed. RoBERTa's ids: <s> 0, <pad> 1."""
