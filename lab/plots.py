@@ -1,14 +1,18 @@
 """Plots of what is under results/, as PNG and SVG. Needs matplotlib (pip install matplotlib), which nothing else here does.
 
     python -m lab.plots pretraining --out results/pretrain/held_out
+    python -m lab.plots table1 --out results/tables/1/small/dev
 """
 
 import argparse
 import json
 from pathlib import Path
 
+import numpy as np
+
 from bert import UserError
 from data import read_lines, run_main
+from lab.reproduce import TABLE_1, slug
 
 RESULTS = Path(__file__).parent.parent / "results"
 WIDTH = 3.3  # inches: a column of a two-column paper
@@ -52,8 +56,25 @@ def pretraining(out: str) -> None:
     save(fig, out)
 
 
+def table1(out: str) -> None:
+    """STS-B dev against steps for every row of Table 1 on the small model: mean over the seeds, and their spread as a band."""
+    fig, axis = figure()
+    rows = [row for row in TABLE_1 if list((RESULTS / "tables/1/small" / slug(row)).glob("seed*"))]
+    if not rows:
+        raise UserError(f"{RESULTS / 'tables/1/small'} holds no runs: python -m lab.reproduce --table 1 makes them")
+    for row, dashes in zip(rows, ((), (4, 2), (1, 1), (4, 1, 1, 1))):
+        logs = [[json.loads(line) for line in read_lines(path)] for path in sorted((RESULTS / "tables/1/small" / slug(row)).glob("seed*/log.jsonl"))]
+        steps = [entry["step"] for entry in logs[0] if "score" in entry]
+        scores = np.array([[entry["score"] for entry in log if "score" in entry] for log in logs])  # (seeds, scores)
+        (drawn,) = axis.plot(steps, scores.mean(0), dashes=dashes or (1, 0), label=row.name)
+        axis.fill_between(steps, scores.mean(0) - scores.std(0), scores.mean(0) + scores.std(0), color=drawn.get_color(), alpha=0.15, lw=0)
+    axis.set(xlabel="steps", ylabel="STS-B dev, Spearman x 100")
+    axis.legend()
+    save(fig, out)
+
+
 def main() -> None:
-    plots = {"pretraining": pretraining}
+    plots = {"pretraining": pretraining, "table1": table1}
     parser = argparse.ArgumentParser(prog="lab.plots", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("plot", choices=plots)
     parser.add_argument("--out", required=True, metavar="FILE", help="without an ending: .png and .svg are written")

@@ -29,7 +29,7 @@ def fake_runs(monkeypatch):
         wanted = {"lr": 3e-5, "lam": 0.05, "mask_ratio": 0.15}
         dev = 70 - sum(abs(np.log(flags.get(name, getattr(Config, name)) / value)) for name, value in wanted.items() if flags.get("lam", 1) or name == "lr")
         dev += 0.01 * flags["seed"]
-        columns = {name: dev + i for i, name in enumerate((*TEST_SETS, "average"))}
+        columns = {"STSB-dev": dev} | {name: dev + i for i, name in enumerate((*TEST_SETS, "average"))}
         result = {"dev_best": dev, "dev_before": 50.0, "after": columns, "before": dict.fromkeys(columns, 1.0), "before_first_last": dict.fromkeys(columns, 2.0)}
         folder.mkdir(parents=True)
         (folder / "results.json").write_text(json.dumps(result))
@@ -52,15 +52,20 @@ def test_each_row_is_searched_on_dev_then_run_with_the_seeds(fake_runs, tmp_path
     count = len(fake_runs)
     assert reproduce.table_1(tmp_path, "bert_sts", [], [0, 1, 2]) == table and len(fake_runs) == count  # nothing is run twice
 
-    rows = table.splitlines()
+    rows = [row for row in table.splitlines() if row.startswith("|")]
     assert all(row.count("|") == 11 for row in rows)
     dev = [70 + 0.01 * seed for seed in range(3)]
     diffcse = next(row for row in rows if row.startswith("| DiffCSE, published"))
-    assert f"{np.mean(dev):.2f} ± {np.std(dev):.2f}" in diffcse and f"{np.mean(dev) + 7:.2f} ± {np.std(dev):.2f}" in diffcse
+    assert f"| {np.mean(dev):.2f} ± {np.std(dev):.2f} |" in diffcse and f"| {np.mean(dev) + 7:.2f} ± {np.std(dev):.2f} |" in diffcse
     paper = [float(x) for x in re.findall(r"\*(\d+\.\d+)\*", rows[rows.index(diffcse) + 1])]
-    assert paper[-1] == 78.49 and np.mean(paper[:-1]) == pytest.approx(78.49, abs=0.005)
-    for row in reproduce.TABLE_1:
-        assert not row.paper or np.mean(row.paper[:-1]) == pytest.approx(row.paper[-1], abs=0.006)
+    assert len(paper) == 9 and paper[-1] == 78.49
+    for values in [reproduce.FIRST_LAST, *(row.paper for row in reproduce.TABLE_1 if len(row.paper) > 1)]:
+        assert np.mean(values[1:-1]) == pytest.approx(values[-1], abs=0.006)
+    assert rows[2].startswith("| first-last average, before | 2.00 | ") and rows[4].startswith("| [CLS], before | 1.00 | ")
+    gain = next(row for row in rows if row.startswith("| DiffCSE, published minus SimCSE with BatchNorm"))
+    assert gain.count("+0.00 ± 0.00") == 9
+    gain = next(row for row in rows if row.startswith("| DiffCSE, published minus [CLS], before"))
+    assert f"+{np.mean(dev) - 1:.2f} ± {np.std(dev):.2f}" in gain
 
 
 def test_every_flag_of_every_row_is_one_of_diffcse():
@@ -105,3 +110,22 @@ def test_the_plot_of_pretraining(tmp_path, monkeypatch):
     (tmp_path / "pretrain" / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in models))
     plots.pretraining(str(tmp_path / "held_out"))
     assert (tmp_path / "held_out.png").read_bytes().startswith(b"\x89PNG") and "<svg" in (tmp_path / "held_out.svg").read_text()
+
+
+def test_the_curves_of_table_1(fake_runs, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    monkeypatch.setattr(plots, "RESULTS", tmp_path)
+    with pytest.raises(UserError, match="holds no runs"):
+        plots.table1(str(tmp_path / "curves"))
+    for row in reproduce.TABLE_1[:3]:
+        for seed in range(2):
+            folder = tmp_path / "tables/1/small" / reproduce.slug(row) / f"seed{seed}"
+            folder.mkdir(parents=True)
+            lines = [{"step": step, "score": 60 + seed + step / 10} if step % 20 == 0 else {"step": step, "loss": 1.0} for step in range(0, 50, 10)]
+            (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda fig, out: drawn.append(fig))
+    plots.table1("curves")
+    axis = drawn[0].axes[0]
+    assert [line.get_label() for line in axis.lines] == [row.name for row in reproduce.TABLE_1[:3]]
+    assert [line.get_xydata().tolist() for line in axis.lines] == [[[0, 60.5], [20, 62.5], [40, 64.5]]] * 3
