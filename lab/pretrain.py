@@ -5,7 +5,7 @@
 
 In the order of this file: documents -> a WordPiece vocabulary -> sentences as integers -> a start for the word
 embeddings -> two losses -> training, for as long as was asked for. What is unusual here is what the small budget and the
-purpose ask for (side by side in results/pretrain/trials.jsonl):
+purpose ask for (what was tried side by side is in results/pretrain/trials.jsonl):
     Rows are one sentence or a few, of many lengths: sentences are what the encoder is for.
     [CLS] has a loss of its own: it must tell the words of its sentence. So it holds the sentence from the start.
     Word embeddings start as the truncated SVD of the corpus' positive pointwise mutual information (Levy and

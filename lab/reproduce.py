@@ -2,7 +2,7 @@
 
     python -m lab.reproduce --table 1 --seeds 0,1,2,3,4 --data DIR --amp bf16
 
---table, --config, --seeds and --out are its own flags; every other one is diffcse.py's and goes to all runs.
+--table, --config, --seeds, --jobs and --out are its own flags; every other one is diffcse.py's and goes to all runs.
 
 For each row the fields of its grid are chosen first, one after the other, by STS-B dev alone (--score dev) and with a seed
 of their own, 100; every row gets the same search. Then the row is run with the seeds asked for. Each run is an ordinary one
@@ -14,9 +14,11 @@ Reference: paper Table 1; appendix A for the search. Not here: Tables 2 to 15.
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -98,13 +100,19 @@ def line(name: str, columns: list[str]) -> str:
     return f"| {name} | " + " | ".join(columns + [""] * (len(COLUMNS) - len(columns))) + " |"
 
 
-def table_1(out: Path, config: str, more: list[str], seeds: list[int]) -> str:
+def table_1(out: Path, config: str, more: list[str], seeds: list[int], jobs: int = 1) -> str:
     """Table 1: Spearman x 100 on STS-B dev, which chose, and on the seven STS sets. Runs what is missing."""
-    results = {}
-    for row in TABLE_1:
+
+    def results_of(row: Row) -> list[dict]:
         flags = search(row, out, config, more)
         write_atomically(out / slug(row) / "chosen.json", json.dumps(flags, indent=2) + "\n")
-        results[row.name] = [run(flags | {"seed": seed}, out / slug(row) / f"seed{seed}", config, more) for seed in seeds]
+        return [run(flags | {"seed": seed}, out / slug(row) / f"seed{seed}", config, more) for seed in seeds]
+
+    pool = ThreadPoolExecutor(jobs)  # the runs are processes; a thread only waits for those of its row
+    try:
+        results = dict(zip([row.name for row in TABLE_1], pool.map(results_of, TABLE_1)))
+    finally:
+        pool.shutdown(cancel_futures=True)  # after a mistake or Ctrl-C no further row begins
 
     def ours(name: str, key: str) -> list[list[float]]:
         return [[result[key][column] for result in results[name]] for column in COLUMNS]
@@ -137,7 +145,12 @@ def main() -> None:
     parser.add_argument("--config", choices=PRESETS, default="small", help="preset of diffcse.py that the rows change (default: small)")
     parser.add_argument("--seeds", default="0,1,2,3,4", help="(default: 0,1,2,3,4)")
     parser.add_argument("--out", default="results/tables", metavar="DIR", help="(default: results/tables)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="rows at a time, each with its share of the cores (default: 1)")
     args, more = parser.parse_known_args()
+    if args.jobs < 1:
+        raise UserError(f"--jobs is {args.jobs}: it must be at least 1")
+    if args.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))  # the runs inherit it
     try:
         seeds = [int(seed) for seed in args.seeds.split(",")]
     except ValueError:
@@ -146,7 +159,7 @@ def main() -> None:
         raise UserError(f"--seeds: {SEARCH_SEED} is the seed of the search; take others")
     out = Path(args.out) / args.table / args.config
     parse_args(["--config", args.config, *more])  # mistakes are told before the first run
-    text = table_1(out, args.config, more, seeds)
+    text = table_1(out, args.config, more, seeds, args.jobs)
     write_atomically(out / "table.md", text + "\n")
     print(text)
 

@@ -50,7 +50,7 @@ def test_each_row_is_searched_on_dev_then_run_with_the_seeds(fake_runs, tmp_path
     # SimCSE: 3 rates. DiffCSE: 3 rates, then 2 more lambdas and 1 more mask ratio (the preset's are among the rates' runs).
     assert len(searching) == 3 + 3 + 6 + 6 and len(fake_runs) - len(searching) == 4 * 3
     count = len(fake_runs)
-    assert reproduce.table_1(tmp_path, "bert_sts", [], [0, 1, 2]) == table and len(fake_runs) == count  # nothing is run twice
+    assert reproduce.table_1(tmp_path, "bert_sts", [], [0, 1, 2], jobs=3) == table and len(fake_runs) == count  # nothing is run twice
 
     rows = [row for row in table.splitlines() if row.startswith("|")]
     assert all(row.count("|") == 11 for row in rows)
@@ -94,6 +94,7 @@ def test_a_real_run_leaves_its_numbers_and_no_model(tmp_path):
     (["--seeds", "0,x"], "--seeds is '0,x'"),
     (["--seeds", "0,100"], "100 is the seed of the search"),
     (["--lamda", "0.1"], "did you mean --lam"),
+    (["--jobs", "0"], "--jobs is 0"),
 ])  # fmt: skip
 def test_mistakes(argv, message):
     done = subprocess.run([sys.executable, "-m", "lab.reproduce", "--table", "1", "--config", "demo", *argv], cwd=ROOT, capture_output=True, text=True)
