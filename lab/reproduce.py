@@ -41,7 +41,7 @@ class Row:
     paper: tuple[float, ...] = ()  # the paper's bert-base in the same row: STS-B dev (Table 3), then Table 1's columns
 
 
-GRID = {"lr": (3e-5, 1e-4, 3e-4), "lam": (0.005, 0.05, 0.5), "mask_ratio": (0.15, 0.30)}
+GRID = {"lr": (1e-4, 3e-4, 1e-3), "lam": (0.005, 0.05, 0.5), "mask_ratio": (0.15, 0.30)}
 BASELINE = "SimCSE with BatchNorm"
 TABLE_1 = [
     Row("SimCSE (tanh)", {"lam": 0.0, "projector": "tanh"}, ("lr",), (81.47, 68.40, 82.41, 74.38, 80.91, 78.56, 76.85, 72.23, 76.25)),
@@ -65,7 +65,7 @@ def run(flags: dict[str, object], folder: Path, config: str, more: list[str]) ->
         return read_json(folder / "results.json")
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
     print("python diffcse.py " + " ".join(words), flush=True)
-    done = subprocess.run([sys.executable, "diffcse.py", *words, "--out-dir", str(folder.absolute())], cwd=ROOT, stdout=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, "diffcse.py", *words, "--out-dir", os.path.relpath(folder, ROOT)], cwd=ROOT, stdout=subprocess.DEVNULL)
     if done.returncode:
         raise UserError(f"that run ended with exit code {done.returncode}; the same command goes on with the table from there")
     shutil.rmtree(folder / "best")  # a table needs the numbers, not fifty models

@@ -26,7 +26,7 @@ def fake_runs(monkeypatch):
         if (folder / "results.json").is_file():
             return json.loads((folder / "results.json").read_text())
         ran.append(dict(flags))
-        wanted = {"lr": 3e-5, "lam": 0.05, "mask_ratio": 0.15}
+        wanted = {"lr": 3e-4, "lam": 0.05, "mask_ratio": 0.15}
         dev = 70 - sum(abs(np.log(flags.get(name, getattr(Config, name)) / value)) for name, value in wanted.items() if flags.get("lam", 1) or name == "lr")
         dev += 0.01 * flags["seed"]
         columns = {"STSB-dev": dev} | {name: dev + i for i, name in enumerate((*TEST_SETS, "average"))}
@@ -42,7 +42,7 @@ def fake_runs(monkeypatch):
 def test_each_row_is_searched_on_dev_then_run_with_the_seeds(fake_runs, tmp_path):
     table = reproduce.table_1(tmp_path, "bert_sts", [], [0, 1, 2])
     chosen = [json.loads((tmp_path / reproduce.slug(row) / "chosen.json").read_text()) for row in reproduce.TABLE_1]
-    assert [c["lr"] for c in chosen] == [3e-5] * 4
+    assert [c["lr"] for c in chosen] == [3e-4] * 4
     assert all(c["lam"] == 0.05 and c["mask_ratio"] == 0.15 for c in chosen[2:]) and all(c["lam"] == 0 for c in chosen[:2])
     searching = [flags for flags in fake_runs if flags["seed"] == reproduce.SEARCH_SEED]
     assert all(flags["score"] == "dev" for flags in searching) and not any("score" in flags for flags in fake_runs if flags not in searching)
