@@ -18,6 +18,10 @@ RESULTS = Path(__file__).parent.parent / "results"
 WIDTH = 3.3  # inches: a column of a two-column paper
 
 
+def read_log(path: Path) -> list[dict]:
+    return [json.loads(line) for line in read_lines(path)]
+
+
 def figure(rows: int = 1):
     """An empty figure of one column's width, readable in greyscale: lines differ by dashes, not by colour alone."""
     try:
@@ -42,8 +46,7 @@ def save(fig, out: str) -> None:
 
 def pretraining(out: str) -> None:
     """Held-out loss and accuracy a word against tokens seen, with the models they are compared with as lines."""
-    log = [json.loads(line) for line in read_lines(RESULTS / "pretrain" / "log.jsonl")]
-    others = [json.loads(line) for line in read_lines(RESULTS / "pretrain" / "held_out.jsonl")]
+    log, others = read_log(RESULTS / "pretrain" / "log.jsonl"), read_log(RESULTS / "pretrain" / "held_out.jsonl")
     fig, axes = figure(rows=2)
     tokens = [row["tokens"] / 1e6 for row in log]
     for axis, name, label, scale in zip(axes, ("loss", "accuracy"), ("held-out loss, nats a word", "held-out words right, %"), (1, 100)):
@@ -59,14 +62,15 @@ def pretraining(out: str) -> None:
 def table1(out: str) -> None:
     """STS-B dev against steps for every row of Table 1 on the small model: mean over the seeds, and their spread as a band."""
     fig, axis = figure()
-    rows = [row for row in TABLE_1 if list((RESULTS / "tables/1/small" / slug(row)).glob("seed*"))]
-    if not rows:
-        raise UserError(f"{RESULTS / 'tables/1/small'} holds no runs: python -m lab.reproduce --table 1 makes them")
-    for row, dashes in zip(rows, ((), (4, 2), (1, 1), (4, 1, 1, 1))):
-        logs = [[json.loads(line) for line in read_lines(path)] for path in sorted((RESULTS / "tables/1/small" / slug(row)).glob("seed*/log.jsonl"))]
+    folder = RESULTS / "tables/1/small"
+    runs = {row.name: [read_log(path) for path in sorted((folder / slug(row)).glob("seed*/log.jsonl"))] for row in TABLE_1}
+    runs = {name: logs for name, logs in runs.items() if logs}
+    if not runs:
+        raise UserError(f"{folder} holds no runs: python -m lab.reproduce --table 1 makes them")
+    for (name, logs), dashes in zip(runs.items(), ((1, 0), (4, 2), (1, 1), (4, 1, 1, 1))):
         steps = [entry["step"] for entry in logs[0] if "score" in entry]
         scores = np.array([[entry["score"] for entry in log if "score" in entry] for log in logs])  # (seeds, scores)
-        (drawn,) = axis.plot(steps, scores.mean(0), dashes=dashes or (1, 0), label=row.name)
+        (drawn,) = axis.plot(steps, scores.mean(0), dashes=dashes, label=name)
         axis.fill_between(steps, scores.mean(0) - scores.std(0), scores.mean(0) + scores.std(0), color=drawn.get_color(), alpha=0.15, lw=0)
     axis.set(xlabel="steps", ylabel="STS-B dev, Spearman x 100")
     axis.legend()

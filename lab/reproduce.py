@@ -121,12 +121,11 @@ def table_1(out: Path, config: str, more: list[str], seeds: list[int], jobs: int
         return line("*the paper's bert-base*", [f"*{value}*" if value else "" for value in values])
 
     lines = [line("", [*COLUMNS[:-1], "Avg."]), "|---" * (len(COLUMNS) + 1) + "|"]
-    for label, key in (("first-last average, before", "before_first_last"), ("[CLS], before", "before")):  # the same in every run
-        lines.append(line(label, [spread(values[:1]) for values in ours(TABLE_1[0].name, key)]))
-    lines.insert(3, paper(FIRST_LAST))
-    for row in TABLE_1:
-        lines.append(line(row.name, [spread(values) for values in ours(row.name, "after")]))
-        lines += [paper(row.paper)] * bool(row.paper)
+    shown = [("first-last average, before", TABLE_1[0].name, "before_first_last", FIRST_LAST),  # before: the same in every run
+             ("[CLS], before", TABLE_1[0].name, "before", ()), *((row.name, row.name, "after", row.paper) for row in TABLE_1)]  # fmt: skip
+    for label, name, key, published in shown:
+        lines.append(line(label, [spread(values) for values in ours(name, key)]))
+        lines += [paper(published)] * bool(published)
     lines += ["", "Seed by seed, mean ± standard deviation of the difference:", "", line("", [*COLUMNS[:-1], "Avg."]), lines[1]]
     for row in TABLE_1[1:]:  # against the start; DiffCSE against its fair baseline
         pairs = [("[CLS], before", ours(row.name, "before"))]
