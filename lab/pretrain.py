@@ -1,13 +1,14 @@
 """A small BERT from raw text: vocabulary, masked language model, and a folder that transformers loads.
 
-    python -m lab.pretrain --text simplewiki.txt.xz enwiki.txt.xz --minutes 88 --out runs/my-bert
+    python -m lab.pretrain --text simplewiki.txt.xz enwiki.txt.xz --minutes 140 --out runs/my-bert
     python -m lab.pretrain --text simplewiki.txt.xz enwiki.txt.xz --score runs/my-bert assets/small-bert
 
 In the order of this file: documents -> a WordPiece vocabulary -> sentences as integers -> a start for the word
 embeddings -> two losses -> training, for as long as was asked for. What is unusual here is what the small budget and the
 purpose ask for (what was tried side by side is in results/pretrain/trials.jsonl):
     Rows are one sentence or a few, of many lengths: sentences are what the encoder is for.
-    [CLS] has a loss of its own: it must tell the words of its sentence. So it holds the sentence from the start.
+    [CLS] has a loss of its own: it must tell the words of its sentence, the rare ones above all. It counts little while
+        the language is learned and much afterwards. So [CLS] holds what the sentence is about.
     Word embeddings start as the truncated SVD of the corpus' positive pointwise mutual information (Levy and
         Goldberg 2014), the output bias as log frequency: what counting can tell need not be learned.
     No dropout, no next-sentence loss, and the vocabulary's matrix at masked positions only.
@@ -49,7 +50,9 @@ MAX_LENGTH = 64  # tokens of a sentence, [CLS] and [SEP] included; 98 of 100 are
 BATCH_TOKENS = 4096  # real tokens in a step
 RATE, WARM_UP = 1.5e-3, 0.06  # peak learning rate; share of the time in which it rises, before it falls to 0
 MASK_RATIO = 0.20
-BAG_WEIGHT = 0.1  # of the loss that [CLS] alone answers for, at first: it falls to 0 with the time, and masked words get it all
+LANGUAGE = 0.7  # share of the time in which masked words come first; then the sentence does
+BAG_WEIGHT = (0.1, 4.0)  # of the loss that [CLS] alone answers for: in that time, and after it
+RARE = 3e-4  # a word this frequent counts half as much in that loss as a very rare one
 WINDOW = 5  # words to each side that count as seen together
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -208,22 +211,31 @@ def new_model(tokenizer: Tokenizer, sentences: TokenizedSentences, layers: int, 
 # What is learned
 
 
-def losses(model: BertForMaskedLM, ids: Tensor, masked: Tensor, selected: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def word_weights(sentences: TokenizedSentences, tokenizer: Tokenizer) -> Tensor:
+    """What each word counts in the loss of [CLS]: RARE / (RARE + its frequency), and 0 for special tokens. Shapes: -> (V,).
+
+    Every second token is "the" or its like, and says nothing of what a sentence is about (Arora et al. 2017, SIF).
+    """
+    counts = np.bincount(sentences.ids, minlength=tokenizer.vocab_size).astype(np.float64)
+    counts[tokenizer.special_ids] = 0
+    weights = RARE / (RARE + counts / counts.sum())
+    weights[tokenizer.special_ids] = 0
+    return torch.from_numpy(weights).float()
+
+
+def losses(model: BertForMaskedLM, ids: Tensor, masked: Tensor, selected: Tensor, mask: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Masked-token loss, and the loss of saying from [CLS] alone which words the sentence has.
 
     A masked word is told from its neighbours, so masked LM gives [CLS] nothing to do. Here the same head, asked at
     position 0, must give every word of the sentence its share, as a paragraph vector does (Le and Mikolov 2014, PV-DBOW).
-    Shapes: ids, masked (B, T); selected, mask (B, T) bool -> (), ().
+    Shapes: ids, masked (B, T); selected, mask (B, T) bool; weights (V,) -> (), ().
     """
     states = model.bert(masked, mask)  # (B, T, D)
     words = model.bert.embeddings.word.weight  # (V, D)
     mlm = F.cross_entropy(model.head(states[selected], words).float(), ids[selected])  # the masked rows only
-    inside = mask.clone()
-    inside[:, 0] = False
-    inside[torch.arange(len(ids)), mask.sum(1) - 1] = False  # [SEP]
     log_p = model.head(states[:, 0], words).float().log_softmax(-1)  # (B, V)
-    bag = -log_p.gather(1, ids)[inside].mean()
-    return mlm, bag
+    share = weights[ids]  # (B, T)
+    return mlm, -(share * log_p.gather(1, ids)).sum() / share.sum().clamp_min(1e-9)
 
 
 @torch.no_grad()
@@ -312,7 +324,8 @@ def load_state(args: argparse.Namespace, fixed: dict) -> dict | None:
     return state
 
 
-def train_step(model: BertForMaskedLM, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, ...], done: float, bf16: bool) -> tuple[float, float]:
+def train_step(model: BertForMaskedLM, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, ...], weights: Tensor, done: float,
+               bf16: bool) -> tuple[float, float]:  # fmt: skip
     """One update when this share of the time is over; the two losses."""
     device = model.bert.device
     for group in optimizer.param_groups:
@@ -320,9 +333,9 @@ def train_step(model: BertForMaskedLM, optimizer: torch.optim.Optimizer, batch: 
     # For rows this short the plain formula of attention is a sixth faster on a CPU than the fused kernel.
     kernels = [SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16), sdpa_kernel(kernels):
-        mlm, bag = losses(model, *(t.to(device) for t in batch))
+        mlm, bag = losses(model, *(t.to(device) for t in batch), weights)
     optimizer.zero_grad(set_to_none=True)
-    (mlm + BAG_WEIGHT * (1 - done) * bag).backward()
+    (mlm + BAG_WEIGHT[done > LANGUAGE] * bag).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     return mlm.item(), bag.item()
@@ -342,6 +355,7 @@ def pretrain(args: argparse.Namespace) -> None:
     sentences = tokenize(documents, tokenizer, args.seed)
     model = load_bert(out, mlm=True) if saved else new_model(tokenizer, sentences, args.layers, args.hidden)
     model.to(device)
+    weights = word_weights(sentences, tokenizer).to(device)
     model.bert.set_dropout(0.0)  # who sees everything about once does not overfit
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01},
               {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]  # fmt: skip
@@ -382,7 +396,7 @@ def pretrain(args: argparse.Namespace) -> None:
         random = torch.Generator().manual_seed(int(np.random.SeedSequence([args.seed, 2, step]).generate_state(1)[0]))
         masked, selected = mask_tokens(ids, tokenizer, MASK_RATIO, "80-10-10", random)
         done = seconds / budget
-        recent.append(train_step(model, optimizer, (ids, masked, selected, mask), done, bf16))
+        recent.append(train_step(model, optimizer, (ids, masked, selected, mask), weights, done, bf16))
         mlm, bag = np.mean(recent, axis=0).tolist()
         step, tokens, seconds = step + 1, tokens + int(mask.sum()), seconds + time.time() - started
         if step == 1:

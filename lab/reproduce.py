@@ -64,7 +64,7 @@ def run(flags: dict[str, object], folder: Path, config: str, more: list[str]) ->
             raise UserError(f"{folder} holds a run with other settings: name another --out, or delete that folder")
         return read_json(folder / "results.json")
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
-    print("python diffcse.py " + " ".join(words), flush=True)
+    print("python diffcse.py " + " ".join(words) + "\n", end="", flush=True)  # in one piece: rows may run beside each other
     done = subprocess.run([sys.executable, "diffcse.py", *words, "--out-dir", os.path.relpath(folder, ROOT)], cwd=ROOT, stdout=subprocess.DEVNULL)
     if done.returncode:
         raise UserError(f"that run ended with exit code {done.returncode}; the same command goes on with the table from there")
@@ -82,7 +82,7 @@ def search(row: Row, out: Path, config: str, more: list[str]) -> dict[str, objec
             values = "_".join(f"{field}={flags.get(field, getattr(PRESETS[config], field)):g}" for field in row.grid)
             scores[value] = run(flags | {"seed": SEARCH_SEED, "score": "dev"}, out / slug(row) / "search" / values, config, more)["dev_best"]
         best = max(scores, key=scores.get)
-        print(f"{row.name}: {name} " + ", ".join(f"{value:g}: {score:.2f}" for value, score in scores.items()) + f" -> {best:g}", flush=True)
+        print(f"{row.name}: {name} " + ", ".join(f"{value:g}: {score:.2f}" for value, score in scores.items()) + f" -> {best:g}\n", end="", flush=True)
         chosen[name] = best
     return chosen
 

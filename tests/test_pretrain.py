@@ -212,12 +212,28 @@ def test_losses_against_transformers_and_a_loop(theirs):
     mask = ids != tokenizer.pad
     generator = torch.Generator().manual_seed(0)
     masked, selected = pretrain.mask_tokens(ids, tokenizer, 0.4, "80-10-10", generator)
-    mlm, bag = pretrain.losses(model, ids, masked, selected, mask)
+    weights = torch.rand(tokenizer.vocab_size, generator=generator)
+    weights[tokenizer.special_ids] = 0
+    mlm, bag = pretrain.losses(model, ids, masked, selected, mask, weights)
     out = theirs(input_ids=masked, attention_mask=mask.long(), labels=torch.where(selected, ids, -100))
     assert mlm.item() == pytest.approx(out.loss.item(), abs=1e-5)
     log_p = out.logits[:, 0].log_softmax(-1)
-    expected = [-log_p[r, token].item() for r, row in enumerate(rows) for token in row[1:-1]]  # neither [CLS] nor [SEP]
-    assert bag.item() == pytest.approx(np.mean(expected), abs=1e-5)
+    expected = [(-log_p[r, token].item(), weights[token].item()) for r, row in enumerate(rows) for token in row if token not in tokenizer.special_ids]
+    assert bag.item() == pytest.approx(np.average(*zip(*expected)), abs=1e-5)
+    with torch.no_grad():  # rows of nothing but special tokens, which have no weight: 0, not nan
+        only_special = ids.where(torch.isin(ids, torch.tensor(tokenizer.special_ids)), tokenizer.unk)
+        assert pretrain.losses(model, only_special, masked, selected, mask, weights)[1].item() == 0
+
+
+def test_word_weights_fall_with_frequency():
+    tokenizer = Tokenizer(SMALL)
+    texts = ["the the the cat", "the dog the ☃"]
+    sentences = TokenizedSentences(((text,) for text in texts), tokenizer, 40)
+    weights = pretrain.word_weights(sentences, tokenizer)
+    the, cat, unseen = (tokenizer.vocabulary()[word] for word in ("the", "cat", "house"))
+    assert weights[tokenizer.special_ids].tolist() == [0] * 5
+    rare = pretrain.RARE  # 7 words that are no special token: 5 of them "the"
+    np.testing.assert_allclose(weights[[the, cat, unseen]], [rare / (rare + 5 / 7), rare / (rare + 1 / 7), 1], rtol=1e-6)
 
 
 def test_both_losses_reach_the_encoder():
@@ -229,7 +245,7 @@ def test_both_losses_reach_the_encoder():
     selected[0, 2] = True
     for number in (0, 1):
         model.zero_grad()
-        pretrain.losses(model, ids, ids, selected, torch.ones_like(selected))[number].backward()
+        pretrain.losses(model, ids, ids, selected, torch.ones_like(selected), torch.ones(8192))[number].backward()
         assert model.bert.layers[0].up.weight.grad.norm() > 1e-6
 
 
