@@ -139,7 +139,7 @@ PRESETS = {
     "simcse_roberta": Config(**SIMCSE, **ROBERTA, lr=1e-5, batch_size=512),
     # The small BERT on sentences of Wikipedia: what the paper does, in minutes on a laptop. Small encoders want far larger
     # rates than bert-base (TACL 2023, SCT: 1e-4 to 5e-4).
-    "small": Config(model="assets/small-bert", generator="assets/small-bert", steps=200, lr=3e-4, eval_every=25, log_every=25),
+    "small": Config(model="assets/small-bert", generator="assets/small-bert", steps=100, lr=3e-4, eval_every=20, log_every=20),
     # The embedded default: the small BERT that ships with the code learns from the documentation on this machine.
     # The rate was chosen on one half of the pairs: small encoders move within a few steps, and back.
     "demo": Config(model="assets/small-bert", generator="assets/small-bert", train_file="docs", score="docs",

@@ -228,7 +228,7 @@ def test_losses_against_transformers_and_a_loop(theirs):
 def test_word_weights_fall_with_frequency():
     tokenizer = Tokenizer(SMALL)
     texts = ["the the the cat", "the dog the ☃"]
-    sentences = TokenizedSentences(((text,) for text in texts), tokenizer, 40)
+    sentences = pretrain.TokenizedSentences(((text,) for text in texts), tokenizer, 40)
     weights = pretrain.word_weights(sentences, tokenizer)
     the, cat, unseen = (tokenizer.vocabulary()[word] for word in ("the", "cat", "house"))
     assert weights[tokenizer.special_ids].tolist() == [0] * 5
