@@ -51,7 +51,7 @@ BATCH_TOKENS = 4096  # real tokens in a step
 RATE, WARM_UP = 1.5e-3, 0.06  # peak learning rate; share of the time in which it rises, before it falls to 0
 MASK_RATIO = 0.20
 LANGUAGE = 0.7  # share of the time in which masked words come first; then the sentence does
-BAG_WEIGHT = (0.1, 4.0)  # of the loss that [CLS] alone answers for: in that time, and after it
+BAG_WEIGHT = (0.1, 4.0)  # of the loss that [CLS] alone answers for: in that time, and after it, when it falls to 0
 RARE = 3e-4  # a word this frequent counts half as much in that loss as a very rare one
 WINDOW = 5  # words to each side that count as seen together
 
@@ -291,6 +291,11 @@ def rate(done: float) -> float:
     return RATE * min(done / WARM_UP, (1 - done) / (1 - WARM_UP))
 
 
+def bag_weight(done: float) -> float:
+    """The same for the weight of [CLS]: small, then large, and at the end masked words have the last word."""
+    return BAG_WEIGHT[0] if done < LANGUAGE else BAG_WEIGHT[1] * (1 - done) / (1 - LANGUAGE)
+
+
 def pick_device(name: str) -> tuple[torch.device, bool]:
     """The device, and whether matrix products in bf16 are faster there: cards of our day, and CPUs with AVX512-BF16."""
     if name == "auto":
@@ -335,7 +340,7 @@ def train_step(model: BertForMaskedLM, optimizer: torch.optim.Optimizer, batch: 
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16), sdpa_kernel(kernels):
         mlm, bag = losses(model, *(t.to(device) for t in batch), weights)
     optimizer.zero_grad(set_to_none=True)
-    (mlm + BAG_WEIGHT[done > LANGUAGE] * bag).backward()
+    (mlm + bag_weight(done) * bag).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     return mlm.item(), bag.item()

@@ -226,6 +226,11 @@ def test_losses_against_transformers_and_a_loop(theirs):
         assert pretrain.losses(model, only_special, masked, selected, mask, weights)[1].item() == 0
 
 
+def test_weight_of_cls_is_small_then_large_then_falls_to_0():
+    weights = [pretrain.bag_weight(done) for done in np.linspace(0, 1, 11)]
+    np.testing.assert_allclose(weights, [0.1] * 7 + [4, 8 / 3, 4 / 3, 0], atol=1e-12)
+
+
 def test_word_weights_fall_with_frequency():
     tokenizer = Tokenizer(SMALL)
     texts = ["the the the cat", "the dog the ☃"]
