@@ -303,7 +303,7 @@ def test_training_learns(small_run):
     for rows in itertools.islice(pretrain.batches(sentences, 0), 60):
         ids, mask = sentences.batch(rows)
         masked, selected = pretrain.mask_tokens(ids, tokenizer, 0.2, "80-10-10", generator)
-        curve.append(pretrain.train_step(model, optimizer, (ids, masked, selected, mask), 0.1, bf16=False))
+        curve.append(pretrain.train_step(model, optimizer, (ids, masked, selected, mask), torch.ones(tokenizer.vocab_size), 0.1, bf16=False))
     first, last = np.mean(curve[:5], axis=0), np.mean(curve[-5:], axis=0)
     assert (last < first - 0.1).all(), (first, last)
 
