@@ -239,12 +239,12 @@ def losses(model: BertForMaskedLM, ids: Tensor, masked: Tensor, selected: Tensor
 
 
 @torch.no_grad()
-def held_out_scores(model: BertForMaskedLM, tokenizer: Tokenizer, paragraphs: list[str]) -> dict[str, float]:
+def held_out_words(model: BertForMaskedLM, tokenizer: Tokenizer, paragraphs: list[str]) -> tuple[Tensor, Tensor]:
     """How well masked words of unseen text are guessed: a measure that does not depend on the vocabulary.
 
-    Paragraphs are cut into stretches of 32 words. 15 % of the words, the same for every lower-cased WordPiece, are masked with all
-    their pieces; those of letters a to z count. Returns: loss, nats a word (the sum over its pieces); accuracy, the share
-    of words of which every piece is right; words, how many.
+    Paragraphs are cut into stretches of 32 words. 15 % of the words, the same for every lower-cased WordPiece and in the same
+    order, are masked with all their pieces; those of letters a to z count. Returns: of each word the loss in nats, the sum over
+    its pieces, (N,); whether every piece is right, (N,) bool.
     """
     stretches = [" ".join(words[i : i + 32]) for p in paragraphs for words in [p.split()] for i in range(0, len(words), 32)]
     tokenizer.backend.no_truncation()
@@ -257,18 +257,18 @@ def held_out_scores(model: BertForMaskedLM, tokenizer: Tokenizer, paragraphs: li
         chosen = random.random(len(spans)) < 0.15
         words = [(at, text[encoding.offsets[at[0]][0] : encoding.offsets[at[-1]][1]]) for at in spans.values()]
         words = [at for (at, word), yes in zip(words, chosen) if yes and word.isascii() and word.isalpha() and at[-1] < model.bert.max_length]
-        rows.append((torch.tensor(encoding.ids[: model.bert.max_length]), words))
+        rows.append((len(text), torch.tensor(encoding.ids[: model.bert.max_length]), words))
 
     training = model.training
     model.eval()
     losses_of_words, right = [], []
-    rows.sort(key=lambda row: len(row[0]))
+    rows.sort(key=lambda row: row[0])  # of like lengths together, by a length that no vocabulary changes
     for start in range(0, len(rows), 128):
         part = rows[start : start + 128]
-        ids = nn.utils.rnn.pad_sequence([row for row, _ in part], batch_first=True, padding_value=tokenizer.pad)  # (B, T)
+        ids = nn.utils.rnn.pad_sequence([row for _, row, _ in part], batch_first=True, padding_value=tokenizer.pad)  # (B, T)
         word = torch.full(ids.shape, -1)  # number of the masked word that a position is a piece of
         count = 0
-        for b, (_, words) in enumerate(part):
+        for b, (*_, words) in enumerate(part):
             for at in words:
                 word[b, at], count = count, count + 1
         at = word >= 0  # (B, T)
@@ -278,8 +278,12 @@ def held_out_scores(model: BertForMaskedLM, tokenizer: Tokenizer, paragraphs: li
         losses_of_words.append(torch.zeros(count).index_add(0, word[at], -log_p.gather(1, truth[:, None])[:, 0]))
         right.append(torch.zeros(count).index_add(0, word[at], (log_p.argmax(-1) != truth).float()) == 0)
     model.train(training)
-    losses_of_words, right = torch.cat(losses_of_words), torch.cat(right)
-    return {"loss": round(losses_of_words.mean().item(), 4), "accuracy": round(right.float().mean().item(), 4), "words": len(right)}
+    return torch.cat(losses_of_words), torch.cat(right)
+
+
+def held_out_scores(losses: Tensor, right: Tensor) -> dict[str, float]:
+    """Means of what held_out_words() returns: loss, nats a word; accuracy, the share of words that are right; words, how many."""
+    return {"loss": round(losses.mean().item(), 4), "accuracy": round(right.float().mean().item(), 4), "words": len(right)}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -384,7 +388,7 @@ def pretrain(args: argparse.Namespace) -> None:
         write_atomically(out / "state.pt", lambda file: torch.save(state, file))
 
     def score() -> None:
-        row = {"step": step, "tokens": tokens, "minutes": round(seconds / 60, 2), **held_out_scores(model, tokenizer, held_out)}
+        row = {"step": step, "tokens": tokens, "minutes": round(seconds / 60, 2), **held_out_scores(*held_out_words(model, tokenizer, held_out))}
         log.append(row | {"tokens_per_second": round(tokens / seconds), "mlm": round(mlm, 4), "bag": round(bag, 4)} if step else row)
         bar.write(f"{tokens / 1e6:7.2f} M tokens, {max(budget - seconds, 0) / 60:5.1f} minutes left: held-out loss "
                   f"{row['loss']:.3f} a word, {row['accuracy']:.1%} right")  # fmt: skip
@@ -445,10 +449,17 @@ def main() -> None:
     args = parser.parse_args()
     if args.score:
         held_out = hold_out(read_documents(args.text), args.seed)[1]
+        first = None
         for name in args.score:
             folder = find_model(name)
             model = load_bert(folder, mlm=True).to(pick_device(args.device)[0])
-            print(json.dumps({"model": name, **held_out_scores(model, Tokenizer(folder), held_out)}), flush=True)
+            losses, right = held_out_words(model, Tokenizer(folder), held_out)
+            row = {"model": name, **held_out_scores(losses, right)}
+            if first is not None and len(first) == len(losses):  # word by word
+                row["loss_minus_first"] = round((losses - first).mean().item(), 4)
+                row["standard_error"] = round((losses - first).std().item() / math.sqrt(len(losses)), 4)
+            first = losses if first is None else first
+            print(json.dumps(row), flush=True)
         return
     if args.minutes is None or args.out is None:
         raise UserError("--minutes and --out are needed: how long to train, and where to put the model")

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import transformers
 
@@ -260,7 +262,7 @@ def test_held_out_score_against_a_loop_on_transformers(theirs):
     known = "The city is the capital of the United States and one of the most important cities in the world. He was born in New York."
     text = [*(paragraphs(12) + [known] * 10 + ["Señor Ünïcödé wrote 3,141 extraordinarily unpronounceable words about xylophones ☃ quietly."] * 3),
             " ".join(["antidisestablishmentarianism"] * 50), ""]  # fmt: skip
-    result = pretrain.held_out_scores(model, tokenizer, text)
+    result = pretrain.held_out_scores(*pretrain.held_out_words(model, tokenizer, text))
 
     # The same words, found without word_ids: the pieces of one are those that begin with ##.
     fast = transformers.AutoTokenizer.from_pretrained(SMALL)
@@ -387,11 +389,22 @@ def test_mistakes_are_one_line_and_write_nothing(text, tmp_path, changes, messag
     assert re.search(message, done.stderr) and len(done.stderr.strip().splitlines()) == 1
 
 
-def test_scoring_a_model_without_training(text, tmp_path):
-    done = run("--text", str(text), "--score", str(SMALL))
+def test_scoring_models_without_training(text, tmp_path):
+    model, tokenizer = load_bert(SMALL, mlm=True), Tokenizer(SMALL)
     held_out = pretrain.hold_out(pretrain.read_documents([str(text)]), 0)[1]
-    expected = pretrain.held_out_scores(load_bert(SMALL, mlm=True), Tokenizer(SMALL), held_out)
-    assert json.loads(done.stdout) == {"model": str(SMALL), **expected}
+    expected = [pretrain.held_out_words(model, tokenizer, held_out)]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.head.bias += torch.randn(len(model.head.bias))
+    pretrain.save_bert(model, tmp_path / "other")
+    for file in tokenizer.files:
+        shutil.copy(file, tmp_path / "other")
+    expected.append(pretrain.held_out_words(model, tokenizer, held_out))
+    rows = [json.loads(line) for line in run("--text", str(text), "--score", str(SMALL), str(tmp_path / "other")).stdout.splitlines()]
+    assert rows[0] == {"model": str(SMALL), **pretrain.held_out_scores(*expected[0])}
+    test = scipy.stats.ttest_rel(expected[1][0].numpy(), expected[0][0].numpy())
+    assert rows[1]["loss_minus_first"] == pytest.approx(rows[1]["loss"] - rows[0]["loss"], abs=2e-4)
+    assert rows[1]["loss_minus_first"] / rows[1]["standard_error"] == pytest.approx(test.statistic, rel=1e-2)
     assert run("--text", str(text), "--score", "nowhere/at/all").returncode == 2
     assert "--minutes and --out are needed" in run("--text", str(text)).stderr
 
