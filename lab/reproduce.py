@@ -118,7 +118,7 @@ def table_1(out: Path, config: str, more: list[str], seeds: list[int], jobs: int
         return [[result[key][column] for result in results[name]] for column in COLUMNS]
 
     def paper(values: tuple[float | str, ...]) -> str:
-        return line("*the paper's bert-base*", [f"*{value}*" if value else "" for value in values])
+        return line("*the paper's bert-base*", [f"*{value:.2f}*" if value else "" for value in values])
 
     lines = [line("", [*COLUMNS[:-1], "Avg."]), "|---" * (len(COLUMNS) + 1) + "|"]
     shown = [("first-last average, before", TABLE_1[0].name, "before_first_last", FIRST_LAST),  # before: the same in every run
