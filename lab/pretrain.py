@@ -214,7 +214,7 @@ def new_model(tokenizer: Tokenizer, sentences: TokenizedSentences, layers: int, 
 def word_weights(sentences: TokenizedSentences, tokenizer: Tokenizer) -> Tensor:
     """What each word counts in the loss of [CLS]: RARE / (RARE + its frequency), and 0 for special tokens. Shapes: -> (V,).
 
-    Every second token is "the" or its like, and says nothing of what a sentence is about (Arora et al. 2017, SIF).
+    "The" and its like are many and say nothing of what a sentence is about (Arora et al. 2017, SIF).
     """
     counts = np.bincount(sentences.ids, minlength=tokenizer.vocab_size).astype(np.float64)
     counts[tokenizer.special_ids] = 0
@@ -455,10 +455,10 @@ def main() -> None:
             model = load_bert(folder, mlm=True).to(pick_device(args.device)[0])
             losses, right = held_out_words(model, Tokenizer(folder), held_out)
             row = {"model": name, **held_out_scores(losses, right)}
-            if first is not None and len(first) == len(losses):  # word by word
+            first = losses if first is None else first
+            if first is not losses and len(first) == len(losses):  # word by word
                 row["loss_minus_first"] = round((losses - first).mean().item(), 4)
                 row["standard_error"] = round((losses - first).std().item() / math.sqrt(len(losses)), 4)
-            first = losses if first is None else first
             print(json.dumps(row), flush=True)
         return
     if args.minutes is None or args.out is None:
