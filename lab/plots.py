@@ -22,7 +22,7 @@ def read_log(path: Path) -> list[dict]:
     return [json.loads(line) for line in read_lines(path)]
 
 
-def figure(rows: int = 1):
+def figure(rows: int = 1, height: float = 2.2):
     """An empty figure of one column's width, readable in greyscale: lines differ by dashes, not by colour alone."""
     try:
         import matplotlib
@@ -33,7 +33,7 @@ def figure(rows: int = 1):
 
     pyplot.rcParams |= {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "diffcse",
                         "axes.grid": True, "grid.color": "0.9", "legend.frameon": False}  # fmt: skip
-    return pyplot.subplots(rows, 1, figsize=(WIDTH, 2.2 * rows), sharex=True, layout="constrained")
+    return pyplot.subplots(rows, 1, figsize=(WIDTH, height * rows), sharex=True, layout="constrained")
 
 
 def save(fig, out: str) -> None:
@@ -61,7 +61,7 @@ def pretraining(out: str) -> None:
 
 def table1(out: str) -> None:
     """STS-B dev against steps for every row of Table 1 on the small model: mean over the seeds, and their spread as a band."""
-    fig, axis = figure()
+    fig, axis = figure(height=3)
     folder = RESULTS / "tables/1/small"
     runs = {row.name: [read_log(path) for path in sorted((folder / slug(row)).glob("seed*/log.jsonl"))] for row in TABLE_1}
     runs = {name: logs for name, logs in runs.items() if logs}
