@@ -202,19 +202,24 @@ def epoch_order(rows: int, batch_size: int, seed: int, epoch: int) -> list[np.nd
     return [order[i : i + batch_size] for i in range(0, rows, batch_size)]
 
 
-def mask_tokens(ids: Tensor, tokenizer: Tokenizer, ratio: float, how: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def mask_tokens(ids: Tensor, tokenizer: Tokenizer, ratio: float, how: str, generator: torch.Generator,
+                pieces: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """BERT's corruption of a padded batch (SPEC 1.4; paper section 3, where x' = m * x).
 
     Every token but the special ones ([UNK] among them) is selected with probability `ratio`, independently. how =
     "80-10-10": of the selected, 80 % become [MASK], 10 % a random id (specials possible), 10 % stay; "all": all [MASK].
-    Shapes: ids (R, T) -> masked copy (R, T), selected (R, T) bool. ids itself is left as it is.
+    pieces: which ids of the vocabulary go on with a word (##ing); then words are selected, with all their pieces.
+    Shapes: ids (R, T), pieces (V,) bool -> masked copy (R, T), selected (R, T) bool. ids itself is left as it is.
     """
 
     def chance(p: float) -> Tensor:
         return torch.rand(ids.shape, generator=generator) < p
 
     special = torch.isin(ids, torch.tensor(tokenizer.special_ids))
-    selected = chance(ratio) & ~special
+    selected = chance(ratio)
+    if pieces is not None:
+        selected = selected.gather(1, (~pieces[ids]).cumsum(1).sub(1).clamp_min(0))  # as the draw of the word's number says
+    selected = selected & ~special
     masked = torch.where(selected, tokenizer.mask, ids)
     if how == "80-10-10":
         not_masked = selected & ~chance(0.8)

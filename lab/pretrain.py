@@ -11,6 +11,7 @@ purpose ask for (what was tried side by side is in results/pretrain/trials.jsonl
         the language is learned and much afterwards. So [CLS] holds what the sentence is about.
     Word embeddings start as the truncated SVD of the corpus' positive pointwise mutual information (Levy and
         Goldberg 2014), the output bias as log frequency: what counting can tell need not be learned.
+    Whole words are masked: a piece that stands beside the rest of its word is no task.
     No dropout, no next-sentence loss, and the vocabulary's matrix at masked positions only.
 
 Text: UTF-8, a paragraph or a sentence a line, an empty line between documents; .gz and .xz too.
@@ -365,6 +366,8 @@ def pretrain(args: argparse.Namespace) -> None:
     model = load_bert(out, mlm=True) if saved else new_model(tokenizer, sentences, args.layers, args.hidden)
     model.to(device)
     weights = word_weights(sentences, tokenizer).to(device)
+    pieces = torch.zeros(tokenizer.vocab_size, dtype=torch.bool)
+    pieces[[i for piece, i in tokenizer.vocabulary().items() if piece.startswith("##")]] = True
     model.bert.set_dropout(0.0)  # who sees everything about once does not overfit
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01},
               {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]  # fmt: skip
@@ -403,7 +406,7 @@ def pretrain(args: argparse.Namespace) -> None:
         started = time.time()
         ids, mask = sentences.batch(rows)
         random = torch.Generator().manual_seed(int(np.random.SeedSequence([args.seed, 2, step]).generate_state(1)[0]))
-        masked, selected = mask_tokens(ids, tokenizer, MASK_RATIO, "80-10-10", random)
+        masked, selected = mask_tokens(ids, tokenizer, MASK_RATIO, "80-10-10", random, pieces)
         done = seconds / budget
         recent.append(train_step(model, optimizer, (ids, masked, selected, mask), weights, done, bf16))
         mlm, bag = np.mean(recent, axis=0).tolist()

@@ -242,6 +242,26 @@ def mask(small, ids, ratio=0.3, how="80-10-10", seed=0):
     return data.mask_tokens(ids, small, ratio, how, torch.Generator().manual_seed(seed))
 
 
+def test_whole_words_are_masked_with_all_their_pieces(small):
+    sentence = "unbelievable misunderstandings of electroencephalography and cats"
+    ids = torch.tensor(small([sentence] * 4000, 64))
+    pieces = torch.zeros(small.vocab_size, dtype=torch.bool)
+    pieces[[i for word, i in small.vocabulary().items() if word.startswith("##")]] = True
+    assert pieces[ids[0]].sum() > 4  # long words are in several pieces
+    masked, selected = data.mask_tokens(ids, small, 0.3, "all", torch.Generator().manual_seed(0), pieces)
+    words, word = small.backend.encode(sentence).word_ids, None
+    for position, number in enumerate(words):
+        if number is None:
+            assert not selected[:, position].any()
+        elif number == word:
+            assert torch.equal(selected[:, position], selected[:, position - 1])
+        else:
+            assert abs(selected[:, position].float().mean() - 0.3) < 0.03  # a word is as likely as a token was
+            assert word is None or not torch.equal(selected[:, position], selected[:, position - 1])
+        word = number
+    assert (masked[selected] == small.mask).all() and torch.equal(masked[~selected], ids[~selected])
+
+
 def test_masking_rates_and_that_specials_are_left_alone(small):
     rng = torch.Generator().manual_seed(5)
     ids = torch.randint(small.vocab_size, (3000, 128), generator=rng)
