@@ -251,14 +251,14 @@ def _from_hub(what: str, repo: str, wanted: list[str], repo_type: str = "model")
 
 
 def find_model(name: str) -> Path:
-    """The folder of a model: a path, or the name of a Hub repository, whose needed files are fetched (or cached).
+    """The folder of a model: a path (a run's folder means its best/), or the name of a Hub repository, whose needed files are fetched (or cached).
 
     Raises: UserError that says what is missing and where it would come from.
     """
     here = Path(__file__).parent / name  # assets/small-bert, from any working directory
     for path in (Path(os.path.expanduser(name)), here):  # unlike Path's, it leaves an unknown ~user as it is
         if os.path.isdir(path):  # unlike Path.is_dir, it takes a name of any length
-            return path
+            return path / "best" if os.path.isdir(path / "best") else path  # a run's folder holds its model there
     if os.path.isfile(here) or os.path.isfile(name) or name.count("/") > 1 or name.startswith((".", "/", "~")) or len(name) > 200:
         raise UserError(f"{name}: no such model folder")
     wanted = ["config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt"]

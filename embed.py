@@ -20,7 +20,7 @@ from tqdm import tqdm
 from bert import Bert, UserError, load_bert
 from data import Tokenizer, find_model, read_lines
 
-POOLINGS = ("cls", "cls_before_pooler", "mean", "max", "avg_first_last", "avg_top2")
+POOLINGS = ("cls", "cls_before_pooler", "mean", "max", "avg_first_last", "avg_layer1_last", "avg_top2")
 
 
 def check_pooling(bert: Bert, pooling: str) -> None:
@@ -36,7 +36,8 @@ def pool(bert: Bert, ids: Tensor, mask: Tensor, pooling: str) -> Tensor:
 
     cls_before_pooler: the last layer's [CLS], what DiffCSE is trained for; cls: that through the model's own
     pooler, tanh(W x + b); mean, max: over the last layer's real tokens, [CLS] and [SEP] included; avg_first_last,
-    avg_top2: mean over the tokens of (X_0 + X_N) / 2 and of (X_N-1 + X_N) / 2, X_0 being the embeddings' output.
+    avg_layer1_last, avg_top2: mean over the tokens of (X_0 + X_N) / 2, (X_1 + X_N) / 2 and (X_N-1 + X_N) / 2, X_0 being
+    the embeddings' output. Both of the first two are called "first-last": the paper's figures are of X_0.
     """
     check_pooling(bert, pooling)
     states = bert(ids, mask, all_layers=True)  # X_0 .. X_N, each (B, T, D)
@@ -48,7 +49,7 @@ def pool(bert: Bert, ids: Tensor, mask: Tensor, pooling: str) -> Tensor:
     weight = mask[:, :, None].to(states[-1].dtype)  # (B, T, 1)
     if pooling == "max":
         return states[-1].masked_fill(weight == 0, -torch.inf).max(dim=1).values
-    other = {"mean": -1, "avg_first_last": 0, "avg_top2": -2}[pooling]
+    other = {"mean": -1, "avg_first_last": 0, "avg_layer1_last": 1, "avg_top2": -2}[pooling]
     return ((states[other] + states[-1]) / 2 * weight).sum(1) / weight.sum(1)
 
 

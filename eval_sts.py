@@ -1,25 +1,32 @@
 """Semantic textual similarity: does the cosine of two vectors rank sentence pairs as people do?
 
-    python eval_sts.py MODEL [--pooler mean] [--data DIR] [--json FILE]
+    python eval_sts.py MODEL... [--pooler mean] [--data DIR] [--json FILE]
+    python eval_sts.py MODEL --detail                                      # every sub-source and split
+    python eval_sts.py MODEL --pooler avg_first_last --whiten self         # the rows of Table 1 that need no training
 
 Spearman's correlation from scratch, the seven test sets of the paper's Table 1 (STS12-16, STS-B, SICK-R) read and
 scored as published: for STS12-16 one correlation over all pairs of a year, sub-sources concatenated ("all", SPEC
 7.4), times 100. Development sets (STS-B dev, SICK-R trial) are for choosing settings and checkpoints.
 
-Letters: P pairs of a set.
-Not here: transfer tasks, correlations per sub-source, whitening.
+Letters: P pairs of a set, D numbers of a vector.
+Not here: transfer tasks (eval_transfer.py); the paper's analyses of vectors (lab/analysis.py).
 """
 
 import argparse
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
 
-from bert import UserError, load_bert, write_atomically
-from data import Tokenizer, find_model, find_senteval, run_main
+from bert import Bert, UserError, load_bert, write_atomically
+from data import Tokenizer, find_model, find_senteval, find_text, read_sentences, run_main
 from embed import POOLINGS, encode
+
+WHITENING_SENTENCES = 10_000  # of a file that whitening is fitted on
 
 # ----------------------------------------------------------------------------------------------------------------
 # Spearman's correlation: Pearson's, of the ranks
@@ -80,25 +87,34 @@ YEARS = {  # sub-sources and their scored pairs (SPEC 7.4)
 FILES = {  # path, pairs
     "STSB": ("STS/STSBenchmark/sts-test.csv", 1379),
     "STSB-dev": ("STS/STSBenchmark/sts-dev.csv", 1500),
+    "STSB-train": ("STS/STSBenchmark/sts-train.csv", 5749),
     "SICKR": ("SICK/SICK_test_annotated.txt", 4927),
     "SICKR-dev": ("SICK/SICK_trial.txt", 500),
+    "SICKR-train": ("SICK/SICK_train.txt", 4500),
 }
 TEST_SETS = (*YEARS, "STSB", "SICKR")  # the columns of the paper's Table 1
 
 
-def _read_lines(path: Path) -> list[str]:
+class MissingSet(UserError):
+    """A file of a set is not there, so the set is left out; a damaged one is refused."""
+
+
+def read_set_lines(path: Path, encoding: str = "utf-8") -> list[str]:
+    """All lines of a file of SentEval's, without their ends. Raises: MissingSet, and UserError where it cannot be read."""
     try:
         # Only \n ends a line, not \x85 or a lone \r inside a sentence; SICK's test file ends its lines with \r\n.
-        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+        text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode(encoding).replace("\r\n", "\n")
         return text.removesuffix("\n").split("\n")
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: --data names a folder that is not all of SentEval's") from None
+        raise MissingSet(f"{path} is missing: --data names a folder that is not all of SentEval's") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
 def load_set(name: str, senteval: Path) -> Pairs:
-    """One set by its name in YEARS or FILES. Words are joined by one space, as SentEval's batcher does (SPEC 7.3).
+    """One set by its name in YEARS or FILES, or one sub-source of a year: "STS13/OnWN".
+
+    Words are joined by one space, as SentEval's batcher does (SPEC 7.3).
 
     Raises: UserError that names a missing file, a line that cannot be read, or a wrong number of pairs.
     """
@@ -106,17 +122,19 @@ def load_set(name: str, senteval: Path) -> Pairs:
 
     def table(path: Path, left: int, right: int, score: int, header: int) -> None:
         """Tab-separated and never quoted: 412 rows of STS-B hold lone quote characters."""
-        for number, line in enumerate(_read_lines(path)[header:], 1 + header):
+        for number, line in enumerate(read_set_lines(path)[header:], 1 + header):
             cells = line.split("\t")
             if len(cells) <= max(left, right, score):
                 raise UserError(f"{path} line {number}: {len(cells)} cells where {max(left, right, score) + 1} are expected")
             rows.append((cells[left], cells[right], cells[score], f"{path} line {number}"))
 
-    if name in YEARS:
-        expected = sum(YEARS[name].values())
-        for source in YEARS[name]:
-            folder = senteval / "STS" / f"{name}-en-test"
-            texts, scores = (_read_lines(folder / f"STS.{kind}.{source}.txt") for kind in ("input", "gs"))
+    year, _, source = name.partition("/")
+    if year in YEARS:
+        sources = [source] if source else list(YEARS[year])
+        expected = sum(YEARS[year][source] for source in sources)
+        for source in sources:
+            folder = senteval / "STS" / f"{year}-en-test"
+            texts, scores = (read_set_lines(folder / f"STS.{kind}.{source}.txt") for kind in ("input", "gs"))
             if len(texts) < len(scores):
                 raise UserError(f"{folder}: STS.input.{source}.txt has {len(texts)} lines, STS.gs.{source}.txt {len(scores)}")
             for number, (text, score) in enumerate(zip(texts, scores), 1):
@@ -149,10 +167,14 @@ def load_set(name: str, senteval: Path) -> Pairs:
 # Scoring
 
 
-def score_pairs(encoder: Callable[[list[str]], np.ndarray], sets: dict[str, Pairs]) -> dict[str, float]:
+Transform = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def score_pairs(encoder: Callable[[list[str]], np.ndarray], sets: dict[str, Pairs], transform: Transform | None = None) -> dict[str, float]:
     """Spearman x 100 of each set; a sentence that occurs more than once, in whatever set, is encoded once.
 
     encoder: n sentences -> (n, D). This is all that training and evaluation know of each other.
+    transform: what is done to the vectors of a set's pairs before their cosine, (P, D), (P, D) -> the same.
     """
     unique: dict[str, int] = {}
     for left, right, _ in sets.values():
@@ -163,48 +185,146 @@ def score_pairs(encoder: Callable[[list[str]], np.ndarray], sets: dict[str, Pair
     for name, (left, right, scores) in sets.items():
         u, v = (vectors[[unique[s] for s in side]] for side in (left, right))  # (P, D)
         try:
-            results[name] = 100 * spearman(cosine(u, v), scores)
+            results[name] = 100 * spearman(cosine(*(transform(u, v) if transform else (u, v))), scores)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
     return results
 
 
-def average(scores: dict[str, float]) -> float:
-    """The paper's Avg.: the mean of the columns as printed, with two decimals (SPEC 7.1)."""
-    return round(sum(round(scores[name], 2) for name in TEST_SETS) / len(TEST_SETS), 2)
+def whitening(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and matrix with which (x - mean) @ matrix has covariance 1 (Su et al. 2021). Shapes: (n, D) -> (D,), (D, K).
+
+    K is D, or less where the vectors lie in fewer dimensions: what has no variance cannot be given one.
+    """
+    vectors = vectors.astype(np.float64)
+    if not np.isfinite(vectors).all():
+        raise UserError("whitening: the model's vectors hold NaN or infinity")
+    mean = vectors.mean(0)
+    variance, axes = np.linalg.eigh(np.cov(vectors.T))
+    keep = variance > 1e-10 * variance.max()
+    return mean, axes[:, keep] / np.sqrt(variance[keep])
 
 
-def format_table(rows: dict[str, dict[str, float]]) -> str:
-    """Table 1's columns, a row for each named result."""
+def whiten(mean: np.ndarray, matrix: np.ndarray, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return (u - mean) @ matrix, (v - mean) @ matrix
+
+
+def whiten_self(u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A set's own vectors made white: fitted on the sentences that are scored, without their scores."""
+    return whiten(*whitening(np.concatenate([u, v])), u, v)
+
+
+def average(scores: dict[str, float], columns: Iterable[str] = TEST_SETS) -> float:
+    """The paper's Avg.: the mean of the columns as printed, with two decimals (SPEC 7.1); of those that are there."""
+    printed = [round(scores[name], 2) for name in columns if name in scores]
+    return round(sum(printed) / len(printed), 2)
+
+
+def format_table(rows: dict[str, dict[str, float]], columns: Sequence[str] = TEST_SETS) -> str:
+    """A row for each named result, and what Avg. is the average of where a set is not there."""
     width = max(map(len, rows))
-    lines = [" " * width + "".join(f"{name:>8}" for name in (*TEST_SETS, "Avg."))]
+    lines = [" " * width + "".join(f"{name:>8}" for name in (*columns, "Avg."))]
     for label, scores in rows.items():
-        values = [*(scores[name] for name in TEST_SETS), average(scores)]
-        lines.append(f"{label:<{width}}" + "".join(f"{value:8.2f}" for value in values))
+        values = [*(scores.get(name) for name in columns), average(scores, columns)]
+        lines.append(f"{label:<{width}}" + "".join(f"{'-':>8}" if value is None else f"{value:8.2f}" for value in values))
+    there = [name for name in columns if name in scores]
+    if len(there) < len(columns):
+        lines.append(f"Avg. is of {', '.join(there)} only: not to be compared with an average of all {len(columns)}")
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="eval_sts.py", description="Score a model on the seven STS sets (Spearman x 100).")
-    parser.add_argument("model", metavar="MODEL", help="a model folder or a Hub name")
-    parser.add_argument("--pooler", choices=POOLINGS, default="cls_before_pooler", help="how a vector is made (default: %(default)s)")
-    parser.add_argument("--data", metavar="DIR", default="", help="folder with STS/ and SICK/ (default: senteval.tar from the Hub)")
+def format_detail(scores: dict[str, float]) -> str:
+    """Of each year: "all", the means of its sub-sources weighted by their pairs and plain, and each; of the others each split."""
+    lines = []
+    for year, sources in YEARS.items():
+        if year in scores:
+            each = [scores[f"{year}/{source}"] for source in sources]
+            means = f"all {scores[year]:.2f}, weighted mean {np.average(each, weights=list(sources.values())):.2f}, mean {np.mean(each):.2f}"
+            lines.append(f"{year:<7}{means}: " + ", ".join(f"{source} {score:.2f}" for source, score in zip(sources, each)))
+    for name in ("STSB", "SICKR"):
+        splits = {"train": f"{name}-train", "dev": f"{name}-dev", "test": name}
+        lines.append(f"{name:<7}" + ", ".join(f"{split} {scores[key]:.2f}" for split, key in splits.items() if key in scores))
+    return "\n".join(lines)
+
+
+def load_sets(names: Iterable[str], load: Callable, senteval: Path) -> dict:
+    """Those of the sets that are there; of the others a line on stderr. Raises: UserError where none is, or one is damaged."""
+    sets = {}
+    for name in names:
+        try:
+            sets[name] = load(name, senteval)
+        except MissingSet as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
+    if not sets:
+        raise UserError(f"{senteval} holds none of the sets")
+    return sets
+
+
+def open_model(name: str) -> tuple[Bert, Tokenizer]:
+    """What encode() needs, of a model folder, a run's folder or a Hub name."""
+    folder = find_model(name)
+    bert = load_bert(folder)
+    return bert, Tokenizer(folder).check_fits(folder, bert.cfg.vocab_size)
+
+
+def listed(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """For argparse: some of the known names with commas between."""
+
+    def parse(text: str) -> list[str]:
+        for name in (names := text.split(",")):
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is unknown; known are {', '.join(known)}, with commas between for several")
+        return names
+
+    return parse
+
+
+def model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that scores models."""
+    parser.add_argument("models", metavar="MODEL", nargs="+", help="a model folder, a run's folder or a Hub name")
+    parser.add_argument("--pooler", type=listed(POOLINGS), default=["cls_before_pooler"], metavar="NAME,...",
+                        help=f"how a vector is made: {', '.join(POOLINGS)} (default: cls_before_pooler)")  # fmt: skip
+    parser.add_argument("--data", metavar="DIR", default="", help="folder with SentEval's data (default: senteval.tar from the Hub)")
     parser.add_argument("--batch-size", type=int, default=128, help="sentences at a time (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="also write the numbers there")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers there, a line for each row")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="eval_sts.py", description="Score models on the seven STS sets (Spearman x 100).", allow_abbrev=False)
+    model_flags(parser)
+    parser.add_argument("--whiten", metavar="WITH,...", type=lambda text: text.split(","), default=[], help="add a row with vectors made white, "
+                        f"fitted on the sentences that are scored (self) or on the first {WHITENING_SENTENCES:,} of a sentence file")  # fmt: skip
+    parser.add_argument("--detail", action="store_true", help="also every sub-source, and the train, dev and test splits")
     args = parser.parse_args()
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}: it must be at least 1")
-    folder = find_model(args.model)
-    bert = load_bert(folder)
-    tokenizer = Tokenizer(folder).check_fits(folder, bert.cfg.vocab_size)
+    held_out = {name: [row[0] for row in islice(read_sentences(find_text(name, args.data)), WHITENING_SENTENCES)]
+                for name in args.whiten if name != "self"}  # fmt: skip
     senteval = find_senteval(args.data)
-    sets = {name: load_set(name, senteval) for name in (*TEST_SETS, "STSB-dev", "SICKR-dev")}
-    scores = score_pairs(lambda sentences: encode(bert, tokenizer, sentences, args.pooler, args.batch_size), sets)
-    print(format_table({f"{args.model} ({args.pooler})": scores}))
-    print(f"development: STS-B {scores['STSB-dev']:.2f}, SICK-R {scores['SICKR-dev']:.2f}")
+    sets = load_sets((*TEST_SETS, "STSB-dev", "SICKR-dev"), load_set, senteval)
+    if args.detail:
+        sources = [f"{year}/{source}" for year in YEARS if year in sets for source in YEARS[year]]
+        sets |= load_sets((*sources, "STSB-train", "SICKR-train"), load_set, senteval)
+    rows, reports = {}, []
+    for name, pooler in product(args.models, args.pooler):
+        bert, tokenizer = open_model(name)
+        encoder = partial(encode, bert, tokenizer, pooling=pooler, batch_size=args.batch_size)
+        texts = list(dict.fromkeys(sentence for left, right, _ in sets.values() for sentence in left + right))
+        vectors = dict(zip(texts, encoder(texts)))  # every row of this model and pooling needs the same
+        for white in (None, *args.whiten):
+            transform = None if white is None else whiten_self if white == "self" else partial(whiten, *whitening(encoder(held_out[white])))
+            scores = score_pairs(lambda sentences: np.stack([vectors[s] for s in sentences]), sets, transform)  # noqa: B023
+            by = "" if white is None else ", white by itself" if white == "self" else f", white by {Path(white).name}"
+            rows[f"{name} ({pooler}{by})"] = scores
+            reports.append({"model": name, "pooler": pooler, **({"whitened": white} if white else {}), **scores, "average": average(scores)})
+    print(format_table(rows))
+    for label, scores in rows.items():
+        if args.detail:
+            print(f"\n{label}\n{format_detail(scores)}")
+        elif development := [f"{title} {scores[key]:.2f}" for title, key in (("STS-B", "STSB-dev"), ("SICK-R", "SICKR-dev")) if key in scores]:
+            print("development: " + ", ".join(development) + f" ({label})" * (len(rows) > 1))
     if args.json:
-        report = {"model": args.model, "pooler": args.pooler, **scores, "average": average(scores)}
-        write_atomically(args.json, json.dumps(report, indent=2) + "\n")
+        write_atomically(args.json, "".join(json.dumps(report) + "\n" for report in reports))
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ BY_HAND = {  # from the hidden states X (each (T, D)) and the pooler's output
     "mean": lambda X, pooled: X[-1].mean(0),
     "max": lambda X, pooled: X[-1].max(0),
     "avg_first_last": lambda X, pooled: (X[0].mean(0) + X[4].mean(0)) / 2,
+    "avg_layer1_last": lambda X, pooled: (X[1].mean(0) + X[4].mean(0)) / 2,
     "avg_top2": lambda X, pooled: (X[3].mean(0) + X[4].mean(0)) / 2,
 }
 
