@@ -1,10 +1,11 @@
-"""Plots of what is under results/, as PNG and SVG. Needs matplotlib (pip install matplotlib), which nothing else here does.
+"""Plots of runs, as PNG and SVG. Needs matplotlib (pip install matplotlib), which nothing else here does.
 
     python -m lab.plots pretraining --out results/pretrain/held_out
-    python -m lab.plots table1 --out results/tables/1/small/dev
+    python -m lab.plots steps RUN... --out runs/steps
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import numpy as np
 
 from bert import UserError
 from data import read_lines, run_main
-from lab.reproduce import TABLE_1, slug
 
 RESULTS = Path(__file__).parent.parent / "results"
 WIDTH = 3.3  # inches: a column of a two-column paper
@@ -22,7 +22,7 @@ def read_log(path: Path) -> list[dict]:
     return [json.loads(line) for line in read_lines(path)]
 
 
-def figure(rows: int = 1, height: float = 2.2):
+def figure(rows: int = 1, height: float = 2.2, columns: int = 1):
     """An empty figure of one column's width, readable in greyscale: lines differ by dashes, not by colour alone."""
     try:
         import matplotlib
@@ -33,7 +33,7 @@ def figure(rows: int = 1, height: float = 2.2):
 
     pyplot.rcParams |= {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "diffcse",
                         "axes.grid": True, "grid.color": "0.9", "legend.frameon": False}  # fmt: skip
-    return pyplot.subplots(rows, 1, figsize=(WIDTH, height * rows), sharex=True, layout="constrained")
+    return pyplot.subplots(rows, columns, figsize=(WIDTH, height * rows), sharex=True, sharey=columns > 1, layout="constrained")
 
 
 def save(fig, out: str) -> None:
@@ -59,31 +59,44 @@ def pretraining(out: str) -> None:
     save(fig, out)
 
 
-def table1(out: str) -> None:
-    """STS-B dev against steps for every row of Table 1 on the small model: mean over the seeds, and their spread as a band."""
-    fig, axis = figure(height=3)
-    folder = RESULTS / "tables/1/small"
-    runs = {row.name: [read_log(path) for path in sorted((folder / slug(row)).glob("seed*/log.jsonl"))] for row in TABLE_1}
-    runs = {name: logs for name, logs in runs.items() if logs}
-    if not runs:
-        raise UserError(f"{folder} holds no runs: python -m lab.reproduce --table 1 makes them")
-    for (name, logs), dashes in zip(runs.items(), ((1, 0), (4, 2), (1, 1), (4, 1, 1, 1))):
-        steps = [entry["step"] for entry in logs[0] if "score" in entry]
-        scores = np.array([[entry["score"] for entry in log if "score" in entry] for log in logs])  # (seeds, scores)
-        (drawn,) = axis.plot(steps, scores.mean(0), dashes=dashes, label=name)
-        axis.fill_between(steps, scores.mean(0) - scores.std(0), scores.mean(0) + scores.std(0), color=drawn.get_color(), alpha=0.15, lw=0)
-    axis.set(xlabel="steps", ylabel="STS-B dev, Spearman x 100")
+def steps(out: str, folders: list[str], labels: list[str] | None = None) -> None:
+    """The development score against steps, a line for each folder: a run's, or one of several seeds' runs, with their spread as a band.
+
+    Raises: UserError where a folder holds no run, or its runs were scored at different steps.
+    """
+    if labels and len(labels) != len(folders):
+        raise UserError(f"--labels: {len(labels)} for {len(folders)} folders")
+    lines = {}
+    for folder, label in zip(map(Path, folders), labels or [Path(folder).name for folder in folders]):
+        logs = [folder / "log.jsonl"] if (folder / "log.jsonl").is_file() else sorted(folder.glob("seed*/log.jsonl"))
+        curves = [[(row["step"], row["score"]) for row in read_log(log) if "score" in row] for log in logs]
+        if not curves or not all(curves) or len({tuple(step for step, _ in curve) for curve in curves}) != 1:
+            raise UserError(f"{folder}: " + ("runs scored at different steps" if curves and all(curves) else "no log.jsonl with scores, nor seed*/log.jsonl"))
+        lines[label] = np.array(curves)  # (seeds, scores, 2)
+    fig, axis = figure(height=2.2 + 0.2 * len(lines))
+    for (label, curves), dashes in zip(lines.items(), itertools.cycle(((1, 0), (4, 2), (1, 1), (4, 1, 1, 1), (6, 1), (2, 3)))):
+        at, mean, spread = curves[0, :, 0], curves[:, :, 1].mean(0), curves[:, :, 1].std(0)
+        (drawn,) = axis.plot(at, mean, dashes=dashes, label=label)
+        axis.fill_between(at, mean - spread, mean + spread, color=drawn.get_color(), alpha=0.15, lw=0)
+    axis.set(xlabel="steps", ylabel="development score x 100")
     fig.legend(loc="outside lower center")  # nowhere inside is free of lines
     save(fig, out)
 
 
 def main() -> None:
-    plots = {"pretraining": pretraining, "table1": table1}
     parser = argparse.ArgumentParser(prog="lab.plots", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("plot", choices=plots)
-    parser.add_argument("--out", required=True, metavar="FILE", help="without an ending: .png and .svg are written")
+    commands = parser.add_subparsers(dest="plot", required=True)
+    for name, text in {"pretraining": "held-out loss of the small BERT", "steps": "score against step of several runs"}.items():
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        if name == "steps":
+            command.add_argument("folders", metavar="RUN", nargs="+", help="a run's folder, or one that holds seed*/")
+            command.add_argument("--labels", nargs="+", metavar="LABEL", help="(default: the folders' names)")
+        command.add_argument("--out", required=True, metavar="FILE", help="without an ending: .png and .svg are written")
     args = parser.parse_args()
-    plots[args.plot](args.out)
+    if args.plot == "steps":
+        steps(args.out, args.folders, args.labels)
+    else:
+        pretraining(args.out)
 
 
 if __name__ == "__main__":

@@ -113,20 +113,25 @@ def test_the_plot_of_pretraining(tmp_path, monkeypatch):
     assert (tmp_path / "held_out.png").read_bytes().startswith(b"\x89PNG") and "<svg" in (tmp_path / "held_out.svg").read_text()
 
 
-def test_the_curves_of_table_1(fake_runs, tmp_path, monkeypatch):
+def test_the_plot_of_scores_against_steps(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
-    monkeypatch.setattr(plots, "RESULTS", tmp_path)
-    with pytest.raises(UserError, match="holds no runs"):
-        plots.table1(str(tmp_path / "curves"))
-    for row in reproduce.TABLE_1[:3]:
-        for seed in range(2):
-            folder = tmp_path / "tables/1/small" / reproduce.slug(row) / f"seed{seed}"
-            folder.mkdir(parents=True)
-            lines = [{"step": step, "score": 60 + seed + step / 10} if step % 20 == 0 else {"step": step, "loss": 1.0} for step in range(0, 50, 10)]
-            (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def log(folder, scores):
+        folder.mkdir(parents=True)
+        lines = [line for i, score in enumerate(scores) for line in ({"step": 20 * i, "score": score}, {"step": 20 * i + 10, "loss": 1.0})]
+        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    for seed in range(2):
+        log(tmp_path / "a" / f"seed{seed}", [60 + seed, 62 + seed, 64 + 3 * seed])
+        log(tmp_path / "uneven" / f"seed{seed}", [60] * (seed + 1))
+    log(tmp_path / "one", [50, 55])
     drawn = []
     monkeypatch.setattr(plots, "save", lambda fig, out: drawn.append(fig))
-    plots.table1("curves")
+    plots.steps("curves", [str(tmp_path / "a"), str(tmp_path / "one")], ["A", "one run"])
     axis = drawn[0].axes[0]
-    assert [line.get_label() for line in axis.lines] == [row.name for row in reproduce.TABLE_1[:3]]
-    assert [line.get_xydata().tolist() for line in axis.lines] == [[[0, 60.5], [20, 62.5], [40, 64.5]]] * 3
+    assert [line.get_label() for line in axis.lines] == ["A", "one run"]
+    assert [line.get_xydata().tolist() for line in axis.lines] == [[[0, 60.5], [20, 62.5], [40, 65.5]], [[0, 50], [20, 55]]]
+    assert axis.collections[0].get_paths()[0].get_extents().y1 == 67  # mean and standard deviation at the last step: 65.5 and 1.5
+    for folders, labels, says in (["uneven"], None, "different steps"), (["nothing"], None, "no log.jsonl"), (["a"], ["A", "B"], "2 for 1"):
+        with pytest.raises(UserError, match=says):
+            plots.steps("curves", [str(tmp_path / folder) for folder in folders], labels)
