@@ -112,7 +112,7 @@ def read_set_lines(path: Path, encoding: str = "utf-8") -> list[str]:
 
 
 def load_set(name: str, senteval: Path) -> Pairs:
-    """One set by its name in YEARS or FILES, or one sub-source of a year: "STS13/OnWN".
+    """One set by its name in YEARS or FILES, one sub-source of a year ("STS13/OnWN"), or the splits of SICK-R together ("SICKR-all").
 
     Words are joined by one space, as SentEval's batcher does (SPEC 7.3).
 
@@ -128,6 +128,9 @@ def load_set(name: str, senteval: Path) -> Pairs:
                 raise UserError(f"{path} line {number}: {len(cells)} cells where {max(left, right, score) + 1} are expected")
             rows.append((cells[left], cells[right], cells[score], f"{path} line {number}"))
 
+    if name == "SICKR-all":  # 9,927 pairs: what MTEB calls SICK-R
+        splits = [load_set(split, senteval) for split in ("SICKR-train", "SICKR-dev", "SICKR")]
+        return tuple([cell for split in splits for cell in split[i]] for i in range(3))
     year, _, source = name.partition("/")
     if year in YEARS:
         sources = [source] if source else list(YEARS[year])
@@ -242,7 +245,7 @@ def format_detail(scores: dict[str, float]) -> str:
             means = f"all {scores[year]:.2f}, weighted mean {np.average(each, weights=list(sources.values())):.2f}, mean {np.mean(each):.2f}"
             lines.append(f"{year:<7}{means}: " + ", ".join(f"{source} {score:.2f}" for source, score in zip(sources, each)))
     for name in ("STSB", "SICKR"):
-        splits = {"train": f"{name}-train", "dev": f"{name}-dev", "test": name}
+        splits = {"train": f"{name}-train", "dev": f"{name}-dev", "test": name, "all three": f"{name}-all"}
         lines.append(f"{name:<7}" + ", ".join(f"{split} {scores[key]:.2f}" for split, key in splits.items() if key in scores))
     return "\n".join(lines)
 
@@ -304,7 +307,7 @@ def main() -> None:
     sets = load_sets((*TEST_SETS, "STSB-dev", "SICKR-dev"), load_set, senteval)
     if args.detail:
         sources = [f"{year}/{source}" for year in YEARS if year in sets for source in YEARS[year]]
-        sets |= load_sets((*sources, "STSB-train", "SICKR-train"), load_set, senteval)
+        sets |= load_sets((*sources, "STSB-train", "SICKR-train", "SICKR-all"), load_set, senteval)
     rows, reports = {}, []
     for name, pooler in product(args.models, args.pooler):
         bert, tokenizer = open_model(name)

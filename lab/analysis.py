@@ -191,22 +191,25 @@ def group(ratings: np.ndarray) -> np.ndarray:
 def draw(command: str, labels: list[str], drawn: list[tuple[np.ndarray, np.ndarray]], out: str) -> None:
     """A panel for each model: of distribution the density of the cosine for each group of ratings, of ratings every pair."""
     fig, axes = figure(columns=len(drawn), height=2.8)
-    for axis, label, (cosines, ratings) in zip(np.atleast_1d(axes), labels, drawn):
+    edges = np.linspace(min(cosines.min() for cosines, _ in drawn), 1, 31)
+    middles = (edges[1:] + edges[:-1]) / 2
+    shares = [[np.histogram(cosines[group(ratings) == low], edges)[0] / max(1, (group(ratings) == low).sum()) for low in range(5)]
+              for cosines, ratings in drawn]  # fmt: skip
+    for axis, label, (cosines, ratings), of_group in zip(np.atleast_1d(axes), labels, drawn, shares):
+        axis.grid(axis="y", visible=False)
         if command == "ratings":
-            axis.scatter(cosines, ratings, s=2, color="black", alpha=0.3, linewidths=0)
-            axis.set_ylabel("human rating")
+            axis.scatter(cosines, ratings, s=3, color="black", alpha=0.25, linewidths=0)
         else:
-            edges = np.linspace(min(c.min() for c, _ in drawn), 1, 31)
-            for low in range(5):
-                inside = cosines[group(ratings) == low]
-                density = np.histogram(inside, edges)[0] / len(inside)
-                middle = (edges[1:] + edges[:-1]) / 2
-                axis.fill_between(middle, low, low + 2.5 * density, color="0.75", lw=0, zorder=9 - low)
-                axis.plot(middle, low + 2.5 * density, color="black", lw=0.8, zorder=9 - low)
-                axis.plot([np.median(inside)] * 2, [low, low + 0.15], color="black", lw=1.5, zorder=9 - low)
+            for low, share in enumerate(of_group):
+                height = low + 1.2 * share / np.max(shares)  # tall ones reach into the row above, which lies behind them
+                axis.fill_between(middles, low, height, color="0.75", lw=0, zorder=9 - low)
+                axis.plot(middles, height, color="black", lw=0.8, zorder=9 - low)
+                if (inside := cosines[group(ratings) == low]).size:
+                    axis.plot([np.median(inside)] * 2, [low, low + 0.2], color="black", lw=1.5, zorder=9 - low)
             axis.set_yticks(range(5), [f"{low}-{low + 1}" for low in range(5)])
-            axis.set_ylabel("human rating")
-        axis.set(xlabel="cosine similarity", title=label)
+        axis.set_xlabel("cosine similarity")
+        axis.set_ylabel("human rating")
+        axis.set_title(label, fontsize=8)
         axis.label_outer()
     save(fig, out)
 
@@ -234,6 +237,7 @@ def main() -> None:
             command.add_argument("--threshold", type=float, default=4, help="pairs rated above it are positive (default: 4)")
         if name in ("distribution", "ratings"):
             command.add_argument("--out", required=True, metavar="FILE", help="without an ending: .png and .svg are written")
+            command.add_argument("--labels", nargs="+", metavar="LABEL", help="titles of the panels (default: the models' names)")
             command.set_defaults(drawn=[])
         if name == "askubuntu":
             command.add_argument("--split", choices=("dev", "test"), default="test", help="(default: test)")
@@ -242,6 +246,8 @@ def main() -> None:
     for flag in ("batch_size", "top_k", "max_length"):
         if getattr(args, flag, 1) < 1:
             raise UserError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}: it must be at least 1")
+    if (titles := getattr(args, "labels", None)) and len(titles) != len(args.models) * len(args.pooler):
+        raise UserError(f"--labels: {len(titles)} for {len(args.models) * len(args.pooler)} panels")
     if args.command == "askubuntu":
         texts = read_askubuntu(Path(args.data).expanduser(), args.split)
     else:
@@ -255,7 +261,8 @@ def main() -> None:
         print(f"{labels[-1]}: {text}", flush=True)
         reports.append({"model": model, "pooler": pooler, "command": args.command, **numbers})
     if args.command in ("distribution", "ratings"):
-        draw(args.command, labels, args.drawn, args.out)
+        short = [Path(model).name + f"\n{pooler}" * (len(args.pooler) > 1) for model, pooler in product(args.models, args.pooler)]
+        draw(args.command, args.labels or short, args.drawn, args.out)
     if args.json:
         write_atomically(args.json, "".join(json.dumps(report) + "\n" for report in reports))
 

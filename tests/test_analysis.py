@@ -189,6 +189,7 @@ def test_plots_are_written(sts, tmp_path, monkeypatch, capsys):
     (["retrieval", SMALL, "--pooler", "men"], "'men' is unknown"), (["nonsense"], "invalid choice: 'nonsense'"), ([], "required: command"),
     (["neighbours", SMALL, "--top-k", "0"], "--top-k is 0: it must be at least 1"), (["retrieval", SMALL, "--data", "/no/such"], "no folder STS"),
     (["uniformity", SMALL, "--threshold", "5"], "no pair is rated above 5"), (["ratings", SMALL], "required: --out"),
+    (["ratings", SMALL, "--out", "x", "--labels", "a", "b"], "--labels: 2 for 1 panels"),
 ])  # fmt: skip
 def test_mistakes_exit_2(sts, monkeypatch, capsys, words, says):
     monkeypatch.setattr(sys, "argv", ["lab.analysis", *map(str, words), *(["--data", str(sts)] if "--data" not in words and words[1:] else [])])
