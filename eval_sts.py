@@ -270,6 +270,13 @@ def open_model(name: str) -> tuple[Bert, Tokenizer]:
     return bert, Tokenizer(folder).check_fits(folder, bert.cfg.vocab_size)
 
 
+def count(text: str) -> int:
+    """For argparse: a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def listed(known: Sequence[str]) -> Callable[[str], list[str]]:
     """For argparse: some of the known names with commas between."""
 
@@ -288,7 +295,7 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pooler", type=listed(POOLINGS), default=["cls_before_pooler"], metavar="NAME,...",
                         help=f"how a vector is made: {', '.join(POOLINGS)} (default: cls_before_pooler)")  # fmt: skip
     parser.add_argument("--data", metavar="DIR", default="", help="folder with SentEval's data (default: senteval.tar from the Hub)")
-    parser.add_argument("--batch-size", type=int, default=128, help="sentences at a time (default: %(default)s)")
+    parser.add_argument("--batch-size", type=count, default=128, help="sentences at a time (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers there, a line for each row")
 
 
@@ -299,8 +306,6 @@ def main() -> None:
                         f"fitted on the sentences that are scored (self) or on the first {WHITENING_SENTENCES:,} of a sentence file")  # fmt: skip
     parser.add_argument("--detail", action="store_true", help="also every sub-source, and the train, dev and test splits")
     args = parser.parse_args()
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size is {args.batch_size}: it must be at least 1")
     held_out = {name: [row[0] for row in islice(read_sentences(find_text(name, args.data)), WHITENING_SENTENCES)]
                 for name in args.whiten if name != "self"}  # fmt: skip
     senteval = find_senteval(args.data)

@@ -291,8 +291,6 @@ def main() -> None:
     parser.add_argument("--protocol", choices=PROTOCOLS, default="lbfgs", help="how the classifier is fitted (default: lbfgs)")
     parser.add_argument("--mode", choices=MODES, default="test", help="test: 10 folds; fast: 5 folds, what training is watched with (default: test)")
     args = parser.parse_args()
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size is {args.batch_size}: it must be at least 1")
     tasks = load_sets([name for name in TASKS if name in args.tasks], load_task, find_senteval(args.data))
     rows, reports = {}, []
     for model, pooler in product(args.models, args.pooler):

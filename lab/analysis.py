@@ -25,7 +25,7 @@ import numpy as np
 from bert import UserError, write_atomically
 from data import find_senteval, read_lines, run_main
 from embed import encode, unit
-from eval_sts import Pairs, load_set, model_flags, open_model
+from eval_sts import Pairs, count, load_set, model_flags, open_model
 from lab.plots import figure, save
 
 Encoder = Callable[[list[str]], np.ndarray]
@@ -232,7 +232,7 @@ def main() -> None:
         model_flags(command)
         if name == "neighbours":
             command.add_argument("--query", action="append", help="a sentence; may be given several times (default: the paper's three)")
-            command.add_argument("--top-k", type=int, default=3, help="(default: 3)")
+            command.add_argument("--top-k", type=count, default=3, help="(default: 3)")
         if name == "uniformity":
             command.add_argument("--threshold", type=float, default=4, help="pairs rated above it are positive (default: 4)")
         if name in ("distribution", "ratings"):
@@ -241,11 +241,8 @@ def main() -> None:
             command.set_defaults(drawn=[])
         if name == "askubuntu":
             command.add_argument("--split", choices=("dev", "test"), default="test", help="(default: test)")
-            command.add_argument("--max-length", type=int, default=32, help="tokens of a title (default: 32)")
+            command.add_argument("--max-length", type=count, default=32, help="tokens of a title (default: 32)")
     args = parser.parse_args()
-    for flag in ("batch_size", "top_k", "max_length"):
-        if getattr(args, flag, 1) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}: it must be at least 1")
     if (titles := getattr(args, "labels", None)) and len(titles) != len(args.models) * len(args.pooler):
         raise UserError(f"--labels: {len(titles)} for {len(args.models) * len(args.pooler)} panels")
     if args.command == "askubuntu":

@@ -178,6 +178,13 @@ def test_commands_print_and_write_the_same_numbers(sts, askubuntu, tmp_path, mon
     assert "(2 queries)" in out and 0 < json.loads(report.read_text())["MAP"] <= 100
 
 
+def test_vectors_with_nan_are_a_user_error(sts, monkeypatch):
+    monkeypatch.setattr(analysis, "encode", lambda bert, tokenizer, sentences, **_: np.full((len(sentences), 3), np.nan))
+    monkeypatch.setattr(sys, "argv", ["lab.analysis", "uniformity", str(SMALL), "--data", str(sts)])
+    with pytest.raises(UserError, match="NaN or infinity"):
+        analysis.main()
+
+
 def test_plots_are_written(sts, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="plots: pip install matplotlib")
     for command in ("distribution", "ratings"):
@@ -187,7 +194,7 @@ def test_plots_are_written(sts, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("words, says", [
     (["retrieval", SMALL, "--pooler", "men"], "'men' is unknown"), (["nonsense"], "invalid choice: 'nonsense'"), ([], "required: command"),
-    (["neighbours", SMALL, "--top-k", "0"], "--top-k is 0: it must be at least 1"), (["retrieval", SMALL, "--data", "/no/such"], "no folder STS"),
+    (["neighbours", SMALL, "--top-k", "0"], "--top-k: '0' is not a whole number of at least 1"), (["retrieval", SMALL, "--data", "/no/such"], "no folder STS"),
     (["uniformity", SMALL, "--threshold", "5"], "no pair is rated above 5"), (["ratings", SMALL], "required: --out"),
     (["ratings", SMALL, "--out", "x", "--labels", "a", "b"], "--labels: 2 for 1 panels"),
 ])  # fmt: skip
