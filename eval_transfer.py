@@ -126,7 +126,7 @@ class Mode:
 
 MODES = {"test": Mode(10, "Adam", 64, 5, 4), "fast": Mode(5, "RMSprop", 128, 3, 2)}
 MAX_EPOCHS = 200
-Fits = list[tuple[np.ndarray, np.ndarray | None]]  # items to train on, items to choose by; None: there is nothing to choose
+Fits = list[tuple[np.ndarray, np.ndarray | None]]  # items to train on, items to choose by; None: keep some of the former aside
 
 
 def accuracies(X: Tensor, y: Tensor, weights: Tensor, items: list[np.ndarray]) -> np.ndarray:
@@ -135,10 +135,16 @@ def accuracies(X: Tensor, y: Tensor, weights: Tensor, items: list[np.ndarray]) -
     return np.stack([r.double().mean(0).numpy() for r in right])
 
 
+def keep_aside(train: np.ndarray, random: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
+    """Where no items are named to choose by: every 20th of those to train on, drawn at random. Shapes: (A, n) -> (A, n - m), (A, m)."""
+    order = random.permutation(train.shape[1])
+    m = train.shape[1] // 20
+    return train[:, order[m:]], train[:, order[:m]]
+
+
 def fit_senteval(X: Tensor, y: Tensor, classes: int, fits: Fits, l2: np.ndarray, mode: Mode) -> tuple[Tensor, np.ndarray]:
     """Gradient steps until the accuracy on the items that choose stops growing; the weights where it was highest.
 
-    Where there are none, every 20th item of those to train on, drawn at random, is kept aside for that.
     The seed is set anew for every fit, so those with as many items share start and order, and are stepped together.
     """
     weights, best = torch.zeros(len(fits), X.shape[1], l2.shape[1], classes, dtype=X.dtype), np.full(l2.shape, -1.0)
@@ -154,8 +160,8 @@ def fit_senteval(X: Tensor, y: Tensor, classes: int, fits: Fits, l2: np.ndarray,
         train = np.stack([fits[f][0] for f in alive])  # (A, n)
         choose = [fits[f][1] for f in alive]
         if choose[0] is None:
-            order = random.permutation(size)
-            choose, train = list(train[:, order[: size // 20]]), train[:, order[size // 20 :]]
+            train, choose = keep_aside(train, random)
+            choose = list(choose)
         train, penalty = torch.from_numpy(train), torch.from_numpy(l2[alive])[:, None, :, None]
         w = start[:, None].expand(len(alive), -1, l2.shape[1], -1).clone()  # (A, D, L, C)
         optimizer = getattr(torch.optim, mode.optimizer)([w], lr={"Adam": 1e-3, "RMSprop": 1e-2}[mode.optimizer])
@@ -214,15 +220,21 @@ def minimum(X: Tensor, truth: Tensor, share: Tensor, l2: float) -> Tensor:
 
 
 def fit_lbfgs(X: Tensor, y: Tensor, classes: int, fits: Fits, l2: np.ndarray, mode: Mode) -> tuple[Tensor, np.ndarray]:
-    """The minimum of mean cross-entropy + l2/2 |W|^2, the bias included, as SentEval's weight decay does; mode does not matter."""
+    """The minimum of mean cross-entropy + l2/2 |W|^2, the bias included, as SentEval's weight decay does; mode does not matter.
+
+    What senteval keeps aside to stop by does not train here either, though nothing stops: the protocols see the same items.
+    """
     weights = torch.zeros(len(fits), X.shape[1], l2.shape[1], classes, dtype=X.dtype)
-    share = torch.zeros(len(X), len(fits), dtype=X.dtype)
-    for f, (train, _) in enumerate(fits):
+    share, chosen_by = torch.zeros(len(X), len(fits), dtype=X.dtype), []
+    for f, (train, choose) in enumerate(fits):
+        if choose is None:
+            train, choose = (items[0] for items in keep_aside(train[None], np.random.RandomState(SEED)))
         share[train, f] = 1 / len(train)
+        chosen_by.append(choose)
     for value in np.unique(l2):
         of_fit, of_l2 = np.nonzero(l2 == value)
         weights[of_fit, :, of_l2] = minimum(X, F.one_hot(y, classes).to(X.dtype), share[:, of_fit], value).movedim(1, 0)
-    return weights, accuracies(X, y, weights, [train if choose is None else choose for train, choose in fits])
+    return weights, accuracies(X, y, weights, chosen_by)
 
 
 PROTOCOLS: dict[str, Callable] = {"lbfgs": fit_lbfgs, "senteval": fit_senteval}
