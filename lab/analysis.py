@@ -26,7 +26,7 @@ from bert import UserError, write_atomically
 from data import find_senteval, read_lines, run_main
 from embed import encode, unit
 from eval_sts import Pairs, count, load_set, model_flags, open_model
-from lab.plots import figure, save
+from lab.plots import figure, load_pyplot, save
 
 Encoder = Callable[[list[str]], np.ndarray]
 
@@ -243,6 +243,8 @@ def main() -> None:
             command.add_argument("--split", choices=("dev", "test"), default="test", help="(default: test)")
             command.add_argument("--max-length", type=count, default=32, help="tokens of a title (default: 32)")
     args = parser.parse_args()
+    if args.command in ("distribution", "ratings"):
+        load_pyplot()
     if (titles := getattr(args, "labels", None)) and len(titles) != len(args.models) * len(args.pooler):
         raise UserError(f"--labels: {len(titles)} for {len(args.models) * len(args.pooler)} panels")
     if args.command == "askubuntu":

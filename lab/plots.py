@@ -22,8 +22,8 @@ def read_log(path: Path) -> list[dict]:
     return [json.loads(line) for line in read_lines(path)]
 
 
-def figure(rows: int = 1, height: float = 2.2, columns: int = 1):
-    """An empty figure of one column's width, readable in greyscale: lines differ by dashes, not by colour alone."""
+def load_pyplot():
+    """matplotlib.pyplot with our settings. Raises: UserError where it is not installed; so call it before the work."""
     try:
         import matplotlib
     except ImportError:
@@ -33,7 +33,12 @@ def figure(rows: int = 1, height: float = 2.2, columns: int = 1):
 
     pyplot.rcParams |= {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "diffcse",
                         "axes.grid": True, "grid.color": "0.9", "legend.frameon": False}  # fmt: skip
-    return pyplot.subplots(rows, columns, figsize=(WIDTH, height * rows), sharex=True, sharey=columns > 1, layout="constrained")
+    return pyplot
+
+
+def figure(rows: int = 1, height: float = 2.2, columns: int = 1):
+    """An empty figure of one column's width, readable in greyscale: lines differ by dashes, not by colour alone."""
+    return load_pyplot().subplots(rows, columns, figsize=(WIDTH, height * rows), sharex=True, sharey=columns > 1, layout="constrained")
 
 
 def save(fig, out: str) -> None:
