@@ -3,7 +3,6 @@
 import gzip
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -208,11 +207,6 @@ def test_mistakes_exit_2(sts, monkeypatch, capsys, words, says):
 # ----------------------------------------------------------------------------------------------- real data, if here
 
 
-def test_the_papers_97_pairs_and_2758_sentences():
-    folder = Path(os.environ.get("DIFFCSE_SHARED", ROOT.parent / "shared")) / "data"
-    if not folder.is_dir():
-        pytest.skip(f"no real data in {folder}; DIFFCSE_SHARED names another place")
-    pairs = analysis.load_set("STSB", data.find_senteval(str(folder)))
+def test_the_papers_97_pairs_and_2758_sentences(senteval):
+    pairs = analysis.load_set("STSB", senteval)
     assert pairs[2].count(5) == 97 and len(pairs[0] + pairs[1]) == 2758 and analysis.QUERIES[0] in pairs[0]
-    rows = [line.split("\t") for line in (folder / "askubuntu/test.txt").read_text().splitlines()]
-    assert len(rows) == 200 and sum(not row[1] for row in rows) == 14

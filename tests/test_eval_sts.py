@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import random
 import subprocess
 import sys
@@ -20,15 +19,6 @@ from embed import encode
 
 ROOT = Path(__file__).parent.parent
 SMALL = ROOT / "assets" / "small-bert"
-
-
-@pytest.fixture(scope="session")
-def senteval() -> Path:
-    """The real evaluation sets, where this machine has them."""
-    folder = Path(os.environ.get("DIFFCSE_SHARED", ROOT.parent / "shared")) / "data"
-    if not folder.is_dir():
-        pytest.skip(f"no real data in {folder}; DIFFCSE_SHARED names another place")
-    return data.find_senteval(str(folder))
 
 
 # ------------------------------------------------------------------------------------------ Spearman and cosine

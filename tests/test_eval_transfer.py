@@ -1,7 +1,6 @@
 """eval_transfer.py: both protocols against scikit-learn and plain torch, SentEval's files good and bad, the command line."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -315,14 +314,6 @@ def test_help_runs_as_a_command():
 
 
 # ----------------------------------------------------------------------------------------------- real data, if here
-
-
-@pytest.fixture(scope="session")
-def senteval() -> Path:
-    folder = Path(os.environ.get("DIFFCSE_SHARED", ROOT.parent / "shared")) / "data"
-    if not folder.is_dir():
-        pytest.skip(f"no real data in {folder}; DIFFCSE_SHARED names another place")
-    return data.find_senteval(str(folder))
 
 
 def test_every_real_task_has_its_published_size(senteval):
