@@ -251,8 +251,9 @@ def _from_hub(what: str, repo: str, wanted: list[str], repo_type: str = "model")
 
 
 def find_model(name: str) -> Path:
-    """The folder of a model: a path (a run's folder means its best/), or the name of a Hub repository, whose needed files are fetched (or cached).
+    """The folder of a model: a path, or the name of a Hub repository, whose needed files are fetched (or cached).
 
+    A run's folder means its best/.
     Raises: UserError that says what is missing and where it would come from.
     """
     here = Path(__file__).parent / name  # assets/small-bert, from any working directory

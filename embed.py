@@ -23,6 +23,13 @@ from data import Tokenizer, find_model, read_lines
 POOLINGS = ("cls", "cls_before_pooler", "mean", "max", "avg_first_last", "avg_layer1_last", "avg_top2")
 
 
+def open_model(name: str) -> tuple[Bert, Tokenizer]:
+    """What encode() needs, of a model folder, a run's folder or a Hub name."""
+    folder = find_model(name)
+    bert = load_bert(folder)
+    return bert, Tokenizer(folder).check_fits(folder, bert.cfg.vocab_size)
+
+
 def check_pooling(bert: Bert, pooling: str) -> None:
     """Raises: UserError if there is no such pooling, or not for this model."""
     if pooling not in POOLINGS:
@@ -96,9 +103,8 @@ class DiffCSE:
     """A trained encoder as a tool (SPEC 9). name: a model folder or Hub name. pooler: one of POOLINGS."""
 
     def __init__(self, name: str, device: str | None = None, pooler: str | None = None):
-        folder = find_model(str(name))
-        self.bert = load_bert(folder).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.tokenizer = Tokenizer(folder).check_fits(folder, self.bert.cfg.vocab_size)
+        self.bert, self.tokenizer = open_model(str(name))
+        self.bert.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.pooler = pooler or "cls_before_pooler"
         check_pooling(self.bert, self.pooler)
         self.sentences: list[str] = []

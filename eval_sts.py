@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bert import Bert, UserError, load_bert, write_atomically
-from data import Tokenizer, find_model, find_senteval, find_text, read_sentences, run_main
-from embed import POOLINGS, encode
+from bert import UserError, write_atomically
+from data import find_senteval, find_text, read_sentences, run_main
+from embed import POOLINGS, encode, open_model
 
 WHITENING_SENTENCES = 10_000  # of a file that whitening is fitted on
 
@@ -261,13 +261,6 @@ def load_sets(names: Iterable[str], load: Callable, senteval: Path) -> dict:
     if not sets:
         raise UserError(f"{senteval} holds none of the sets")
     return sets
-
-
-def open_model(name: str) -> tuple[Bert, Tokenizer]:
-    """What encode() needs, of a model folder, a run's folder or a Hub name."""
-    folder = find_model(name)
-    bert = load_bert(folder)
-    return bert, Tokenizer(folder).check_fits(folder, bert.cfg.vocab_size)
 
 
 def count(text: str) -> int:

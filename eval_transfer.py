@@ -33,8 +33,8 @@ from torch import Tensor
 
 from bert import UserError, write_atomically
 from data import find_senteval, run_main
-from embed import encode
-from eval_sts import average, format_table, listed, load_sets, model_flags, open_model, read_set_lines
+from embed import encode, open_model
+from eval_sts import average, format_table, listed, load_sets, model_flags, read_set_lines
 
 SEED = 1111  # of folds, weights and order, in every run of SentEval
 
@@ -231,9 +231,10 @@ def fit_lbfgs(X: Tensor, y: Tensor, classes: int, fits: Fits, l2: np.ndarray, mo
             train, choose = (items[0] for items in keep_aside(train[None], np.random.RandomState(SEED)))
         share[train, f] = 1 / len(train)
         chosen_by.append(choose)
+    truth = F.one_hot(y, classes).to(X.dtype)  # (N, C)
     for value in np.unique(l2):
         of_fit, of_l2 = np.nonzero(l2 == value)
-        weights[of_fit, :, of_l2] = minimum(X, F.one_hot(y, classes).to(X.dtype), share[:, of_fit], value).movedim(1, 0)
+        weights[of_fit, :, of_l2] = minimum(X, truth, share[:, of_fit], value).movedim(1, 0)
     return weights, accuracies(X, y, weights, chosen_by)
 
 

@@ -24,8 +24,8 @@ import numpy as np
 
 from bert import UserError, write_atomically
 from data import find_senteval, read_lines, run_main
-from embed import encode, unit
-from eval_sts import Pairs, count, load_set, model_flags, open_model
+from embed import encode, open_model, unit
+from eval_sts import Pairs, count, load_set, model_flags
 from lab.plots import figure, load_pyplot, save
 
 Encoder = Callable[[list[str]], np.ndarray]
