@@ -19,7 +19,9 @@ import json
 import math
 import mmap
 import os
+import platform
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -79,7 +81,7 @@ class BertConfig:
     def from_dict(cls, raw: dict) -> "BertConfig":
         """From a parsed config.json of any of the three families. Raises UserError for what is not supported."""
         raw = dict(raw)
-        family = raw.get("model_type", "bert")
+        family = cls(model_type=raw.get("model_type", "bert")).model_type  # the first to be refused: the rest of another's is another's
         if family == "distilbert":  # the same things under other names
             other_names = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
                            "hidden_dim": "intermediate_size", "dropout": "hidden_dropout_prob",
@@ -100,7 +102,7 @@ class BertConfig:
     def to_dict(self) -> dict:
         """As config.json, with the fields that transformers needs to load the folder."""
         raw = {**asdict(self), "hidden_act": "gelu", "architectures": [FAMILIES[self.model_type].architecture],
-               "tie_word_embeddings": True}  # fmt: skip
+               "tie_word_embeddings": True, "dtype": "float32"}  # fmt: skip
         if self.model_type == "distilbert":
             raw |= {"dim": self.hidden_size, "n_layers": self.num_hidden_layers, "n_heads": self.num_attention_heads,
                     "hidden_dim": self.intermediate_size, "dropout": self.hidden_dropout_prob,
@@ -112,16 +114,47 @@ class BertConfig:
 # The network, from small to large
 
 
+class Linear(nn.Linear):
+    """nn.Linear, which multiplies by a packed copy of its weight while it has one: see packed()."""
+
+    pack: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pack is None:
+            return super().forward(x)
+        return torch.ops.mkldnn._linear_pointwise(x, self.pack, self.bias, "none", [], "")
+
+
+@contextlib.contextmanager
+def packed(model: nn.Module) -> Iterator[None]:
+    """Inside, the model's linear layers hold their weights as oneDNN wants them: on a CPU that is most of the time of encoding.
+
+    PyTorch orders a plain matrix anew at every product, or multiplies by another library. For fp32 without gradients, of weights that do not
+    change inside; equal to rounding. Elsewhere, and where this PyTorch lacks these operations (they are its compiler's), nothing happens.
+    """
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    possible = (torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64") and not torch.is_grad_enabled()
+                and hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"))  # fmt: skip
+    try:
+        for linear in linears:
+            if possible and linear.weight.device.type == "cpu" and linear.weight.dtype == torch.float32:
+                linear.pack = torch.ops.mkldnn._reorder_linear_weight(linear.weight)
+        yield
+    finally:
+        for linear in linears:
+            linear.pack = None
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention over a padded batch. Shapes: (B, T, D), mask (B, 1, 1, T) -> (B, T, D)."""
 
     def __init__(self, cfg: BertConfig):
         super().__init__()
         self.heads, self.dropout = cfg.num_attention_heads, cfg.attention_probs_dropout_prob
-        self.query = nn.Linear(cfg.hidden_size, cfg.hidden_size)
-        self.key = nn.Linear(cfg.hidden_size, cfg.hidden_size)
-        self.value = nn.Linear(cfg.hidden_size, cfg.hidden_size)
-        self.output = nn.Linear(cfg.hidden_size, cfg.hidden_size)
+        self.query = Linear(cfg.hidden_size, cfg.hidden_size)
+        self.key = Linear(cfg.hidden_size, cfg.hidden_size)
+        self.value = Linear(cfg.hidden_size, cfg.hidden_size)
+        self.output = Linear(cfg.hidden_size, cfg.hidden_size)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         B, T, D = x.shape
@@ -141,8 +174,8 @@ class Layer(nn.Module):
         super().__init__()
         self.attention = SelfAttention(cfg)
         self.attention_norm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
-        self.up = nn.Linear(cfg.hidden_size, cfg.intermediate_size)
-        self.down = nn.Linear(cfg.intermediate_size, cfg.hidden_size)
+        self.up = Linear(cfg.hidden_size, cfg.intermediate_size)
+        self.down = Linear(cfg.intermediate_size, cfg.hidden_size)
         self.norm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
         # DistilBERT has no dropout between attention and its residual sum: seen only in training, easily missed.
         self.attention_dropout = nn.Dropout(0.0 if cfg.model_type == "distilbert" else cfg.hidden_dropout_prob)
@@ -467,8 +500,8 @@ def to_hf(model: Bert | BertForMaskedLM) -> dict[str, Tensor]:
 # Folders: config.json + model.safetensors, as Hugging Face keeps them
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises UserError that names the file and the line."""
+def read_json(path: Path, kind: type = dict) -> dict | list:
+    """A JSON object from a file, or with kind=list a JSON array. Raises UserError that names the file and the line."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -479,8 +512,8 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path}: not UTF-8 text") from None
     except (OSError, ValueError) as error:  # ValueError: a number of thousands of digits
         raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object in braces, found {type(value).__name__}")
+    if not isinstance(value, kind):
+        raise UserError(f"{path}: expected a JSON {'object in braces' if kind is dict else 'array in brackets'}, found {type(value).__name__}")
     return value
 
 
@@ -577,11 +610,15 @@ def load_bert(folder: str | Path, mlm: bool = False) -> Bert | BertForMaskedLM:
     return model.eval()
 
 
-def save_bert(model: Bert | BertForMaskedLM, folder: str | Path) -> None:
-    """Write config.json and model.safetensors into folder, for load_bert and for transformers."""
+def save_bert(model: Bert | BertForMaskedLM, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write config.json and model.safetensors into folder, for load_bert and for transformers.
+
+    dtype is that of the file alone: both compute in fp32, as config.json says.
+    """
     bert = model if isinstance(model, Bert) else model.bert
     config = bert.cfg.to_dict()
     if isinstance(model, Bert):
         config["architectures"] = [config["architectures"][0].replace("ForMaskedLM", "Model")]
     write_atomically(Path(folder) / "config.json", json.dumps(config, indent=2) + "\n")
-    write_safetensors(Path(folder) / "model.safetensors", to_hf(model))
+    tensors = {name: tensor.to(dtype) for name, tensor in to_hf(model).items()}
+    write_safetensors(Path(folder) / "model.safetensors", tensors)

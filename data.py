@@ -11,6 +11,7 @@ several workers (sentences are tokenised once, up front, so that a batch is two 
 
 import csv
 import gzip
+import json
 import lzma
 import os
 import sys
@@ -18,6 +19,7 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bert import UserError, read_json
+from bert import UserError, read_json, write_atomically
 
 # ----------------------------------------------------------------------------------------------------------------
 # Tokenizer
@@ -76,10 +78,27 @@ class Tokenizer:
         if max_length < 2:
             raise UserError(f"max_length is {max_length}: [CLS] and [SEP] alone take 2")
         self.backend.enable_truncation(max_length)
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(sentences)]
+        try:
+            return [encoding.ids for encoding in self.backend.encode_batch_fast(sentences)]
+        except TypeError:  # a str in Python may hold half of a character
+            bad = next(s for s in sentences if any("\ud800" <= c <= "\udfff" for c in s))
+            raise UserError(f"{bad!r:.80} cannot be written as UTF-8: it holds a lone surrogate, of a damaged or wrongly decoded text") from None
 
     def vocabulary(self) -> dict[str, int]:
         return self.backend.get_vocab()
+
+    def save(self, folder: Path, max_length: int) -> None:
+        """Its files for transformers: the old ones, tokenizer.json as it works here, and what must be said about it if nothing was."""
+        for file in self.files:
+            write_atomically(folder / file.name, file.read_bytes())
+        self.backend.no_truncation()
+        write_atomically(folder / "tokenizer.json", self.backend.to_str(pretty=True))
+        if not any(file.name == "tokenizer_config.json" for file in self.files):
+            names = ("cls_token", "sep_token", "pad_token", "mask_token", "unk_token")
+            config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length, "clean_up_tokenization_spaces": False,
+                      "model_input_names": ["input_ids", "attention_mask"],
+                      **{name: self.backend.id_to_token(i) for name, i in zip(names, self.special_ids)}}  # fmt: skip
+            write_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
     def check_fits(self, folder: str | Path, vocab_size: int) -> "Tokenizer":
         """Itself, if a model of that many words can embed every id; else UserError."""
@@ -107,21 +126,22 @@ def _byte_level_bpe(folder: Path) -> tokenizers.Tokenizer:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Lines without their ends, streamed. Raises UserError with file and line where the text is not UTF-8."""
+    """Lines without their ends, streamed; of standard input if the path is "-". Raises UserError with file and line where the text is not UTF-8."""
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    number = 0
+    number, standard = 0, str(path) == "-"
+    what = "standard input" if standard else path
     try:
-        with opener(path, "rb") as file:
+        with nullcontext(sys.stdin.buffer) if standard else opener(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 # Only \n ends a line; the published run's reader also cut at form feeds and the like (SPEC 1.1).
                 yield text.removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} line {number}: not UTF-8 (byte 0x{error.object[error.start]:02x} at column {error.start + 1}); "
+        raise UserError(f"{what} line {number}: not UTF-8 (byte 0x{error.object[error.start]:02x} at column {error.start + 1}); "
                         f"if it is Latin-1: iconv -f latin1 -t utf8 {path.name} > fixed.txt") from None  # fmt: skip
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         reason = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-        raise UserError(f"{path} {reason}") from None
+        raise UserError(f"{what} {reason}") from None
 
 
 def read_sentences(path: str | Path) -> Iterator[tuple[str, ...]]:
@@ -234,38 +254,66 @@ def mask_tokens(ids: Tensor, tokenizer: Tokenizer, ratio: float, how: str, gener
 HUB_DATASET = "princeton-nlp/datasets-for-simcse"  # wiki1m_for_simcse.txt, nli_for_simcse.csv, senteval.tar
 
 
-def _from_hub(what: str, repo: str, wanted: list[str], repo_type: str = "model") -> Path:
-    """A local folder with the wanted files of a Hub repository. Every way that can fail becomes one line."""
-    from huggingface_hub import snapshot_download  # here, because importing it takes a while
+WHY_NOT = {  # what huggingface_hub raises, for people
+    "GatedRepoError": "its owner gives access on request: ask on its page, then `hf auth login` or HF_TOKEN",
+    "RepositoryNotFoundError": "there is none of that name, or it is private: `hf auth login` or HF_TOKEN gives access",
+    "RevisionNotFoundError": "it has no such revision",
+    "IncompleteSnapshotError": "the cache holds only a part of it, and there is no network or HF_HUB_OFFLINE is set",
+    "LocalEntryNotFoundError": "no network, or HF_HUB_OFFLINE is set",
+    "HFValidationError": "that cannot be a name there",
+}
+
+
+def _from_hub(what: str, repo: str, wanted: list[str], repo_type: str = "model", revision: str | None = None) -> Path:
+    """A local folder with the wanted files of a Hub repository. Every way that can fail becomes one line.
+
+    huggingface_hub looks where its own variables say: HF_HOME, HF_ENDPOINT (a mirror), HF_TOKEN, HF_HUB_OFFLINE.
+    """
+    from huggingface_hub import constants, snapshot_download  # here, because importing it takes a while
 
     try:
-        folder = Path(snapshot_download(repo, repo_type=repo_type, allow_patterns=wanted))
+        folder = Path(snapshot_download(repo, repo_type=repo_type, revision=revision, allow_patterns=wanted))
         if any(any(folder.glob(pattern)) for pattern in wanted):  # a cache may hold other files of it
             return folder
         reason = "none of its files is there"
-    except Exception as error:  # HTTP, offline and look-up errors share no base class across its versions
-        reason = type(error).__name__
-    raise UserError(f"{what} is neither a path here nor in the Hub's cache, and could not be fetched from the Hugging Face "
-                    f"Hub ({reason}); with a network try again, or run the demo, which needs none: "
+    except Exception as error:  # its errors share no base class across versions: known by name
+        names = [kind.__name__ for kind in type(error).__mro__]
+        known = [WHY_NOT[name] for name in names if name in WHY_NOT]
+        answer = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+        if answer is not None and (not known or answer.status_code >= 500):
+            known = [f"it answered {answer.status_code}"]
+        reason = known[0] if known else f"{names[0]}: {error}".splitlines()[0][:200]
+    raise UserError(f"{what} is neither a path here nor in the Hub's cache ({constants.HF_HUB_CACHE}), and could not be fetched from "
+                    f"{constants.ENDPOINT}: {reason}; with a network try again, or run the demo, which needs none: "
                     "python diffcse.py --config demo")  # fmt: skip
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder of that name, here or beside this file (assets/small-bert, from any working directory); None: there is none."""
+    for path in (Path(os.path.expanduser(name)), Path(__file__).parent / name):  # unlike Path's, it leaves an unknown ~user as it is
+        if os.path.isdir(path):  # unlike Path.is_dir, it takes a name of any length
+            return path / "best" if os.path.isdir(path / "best") else path  # a run's folder holds its model there
+    return None
 
 
 def find_model(name: str) -> Path:
     """The folder of a model: a path, or the name of a Hub repository, whose needed files are fetched (or cached).
 
-    A run's folder means its best/.
+    NAME@REVISION is a branch, tag or commit of a Hub repository. A run's folder means its best/.
     Raises: UserError that says what is missing and where it would come from.
     """
-    here = Path(__file__).parent / name  # assets/small-bert, from any working directory
-    for path in (Path(os.path.expanduser(name)), here):  # unlike Path's, it leaves an unknown ~user as it is
-        if os.path.isdir(path):  # unlike Path.is_dir, it takes a name of any length
-            return path / "best" if os.path.isdir(path / "best") else path  # a run's folder holds its model there
-    if os.path.isfile(here) or os.path.isfile(name) or name.count("/") > 1 or name.startswith((".", "/", "~")) or len(name) > 200:
+    if folder := local_folder(name):
+        return folder
+    repo, _, revision = name.partition("@")
+    if os.path.isfile(Path(__file__).parent / name) or os.path.isfile(name) or repo.count("/") > 1 or repo.startswith((".", "/", "~")) or len(name) > 200:
         raise UserError(f"{name}: no such model folder")
-    wanted = ["config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt"]
-    folder = _from_hub(f"model {name!r}", name, [*wanted, "model*.safetensors*"])
+    source = {"repo": repo, "revision": revision or None}
+    wanted = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt",
+              "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "[0-9]_*/config.json"]  # fmt: skip
+    weights = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors", "[0-9]_*/model.safetensors"]
+    folder = _from_hub(f"model {name!r}", wanted=wanted + weights, **source)
     if not list(folder.glob("model*.safetensors")):  # older repositories hold only pickles
-        folder = _from_hub(f"model {name!r}", name, [*wanted, "pytorch_model.bin"])
+        folder = _from_hub(f"model {name!r}", wanted=[*wanted, "pytorch_model.bin", "[0-9]_*/pytorch_model.bin"], **source)
     return folder
 
 

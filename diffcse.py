@@ -28,6 +28,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import sys
 import time
 import typing
@@ -43,10 +44,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from bert import Bert, BertForMaskedLM, UserError, load_bert, read_json, save_bert, write_atomically
-from data import (TokenizedSentences, Tokenizer, epoch_order, find_model, find_senteval, find_text, mask_tokens,
-                  read_sentences, run_main)  # fmt: skip
-from embed import POOLINGS, DiffCSE, check_pooling, encode  # noqa: F401  (`from diffcse import DiffCSE` is how the tool is reached)
+from bert import Bert, BertForMaskedLM, UserError, load_bert, read_json, write_atomically
+from data import (TokenizedSentences, Tokenizer, epoch_order, find_model, find_senteval, find_text, local_folder,
+                  mask_tokens, read_sentences, run_main)  # fmt: skip
+from embed import (MAX_LENGTH, POOLINGS, DiffCSE, Opened, check_pooling, encode, model_card,  # noqa: F401  (`from diffcse import DiffCSE`
+                   save_model)  # fmt: skip  is how the tool is reached)
 from eval_sts import TEST_SETS, average, format_table, load_set, score_pairs
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -61,6 +63,7 @@ class Config:
     train_file: str = "wiki1m_for_simcse.txt"  # sentences: .txt, .csv, .tsv (also .gz, .xz), or 'docs': Python's documentation
     data: str = ""  # folder with STS/ and SICK/ (and the train file): nothing is downloaded that lies there
     score: Literal["stsb", "dev", "docs"] = "stsb"  # what chooses the best checkpoint: STS-B dev (dev: and the test sets stay shut), or finding documentation
+    dtype: Literal["fp32", "fp16"] = "fp32"  # of the best model's file; fp16 halves it
     out_dir: str = ""  # folder for the best model, config.json, log.jsonl and results.json (default: runs/NAME-1, -2, ...)
     seed: int = 42  # decides all that is random
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
@@ -474,11 +477,14 @@ def new_run_folder(cfg: Config, name: str) -> Path:
     return folder
 
 
-def save_model(bert: Bert, tokenizer: Tokenizer, folder: Path) -> None:
-    """A model folder for embed.py, eval_sts.py and transformers; each file whole or not at all."""
-    for file in tokenizer.files:
-        write_atomically(folder / file.name, file.read_bytes())
-    save_bert(bert, folder)
+def about(name: str, cfg: Config, step: int, scores: dict[str, dict[str, float]], depends_on: dict) -> str:
+    """What the best model's card says of its run: command, scores (a column for each of the dict), machine."""
+    rows = ["| x 100 | " + " | ".join(scores) + " |", "|---" * (len(scores) + 1) + "|"]
+    for key in scores["after"]:
+        rows.append(f"| {key} | " + " | ".join(f"{column.get(key, math.nan):.2f}" for column in scores.values()) + " |")
+    return (f"Trained by DiffCSE (Chuang et al., NAACL 2022) from `{cfg.model}`, config `{name}`, seed {cfg.seed}; this is step {step}. "
+            f"`run_config.json` has every setting.\n\n    {shlex.join(['python', *sys.argv])}\n\n" + "\n".join(rows)
+            + "\n\nWith " + ", ".join(f"{key} {value}" for key, value in depends_on.items()) + ".")  # fmt: skip
 
 
 def summarise(window: list[dict[str, Tensor]]) -> dict[str, float | None]:
@@ -516,7 +522,8 @@ def train(cfg: Config, name: str = "run") -> dict:
         print(f"note: {cfg.train_file} has {len(sentences)} sentences, fewer than --batch-size {cfg.batch_size}: "
               "each step takes all of them", file=sys.stderr)  # fmt: skip
     out = new_run_folder(cfg, name)
-    write_atomically(out / "config.json", json.dumps(asdict(replace(cfg, out_dir="")), indent=2) + "\n")
+    settings = json.dumps(asdict(replace(cfg, out_dir="")), indent=2) + "\n"
+    write_atomically(out / "config.json", settings)
 
     steps_per_epoch = math.ceil(len(sentences) / cfg.batch_size)
     total = cfg.steps or cfg.epochs * steps_per_epoch
@@ -538,6 +545,11 @@ def train(cfg: Config, name: str = "run") -> dict:
         log.write(json.dumps({"seconds": round(time.time() - started, 1), **row}) + "\n")
         log.flush()
 
+    def card(scores: dict[str, dict[str, float]]) -> str:
+        base_model = "" if local_folder(cfg.model) else cfg.model.partition("@")[0]
+        return model_card(out.name, best_model, about(name, cfg, best_step, scores, machine(device)), base_model)
+
+    best_model = Opened(model.encoder, tokenizer, cfg.pooling, min(MAX_LENGTH, model.encoder.max_length))
     before = score.test(encoder)
     first_last = score.test(lambda texts: encoder(texts, "avg_first_last"))  # the usual floor of Table 1
     first = score.dev(encoder)
@@ -590,7 +602,8 @@ def train(cfg: Config, name: str = "run") -> dict:
                 bar.write(f"step {step:>6}  {score.name}: {scores['score']:.2f}" + " (best so far)" * better)
                 if better:
                     best, best_step = scores["score"], step
-                    save_model(model.encoder, tokenizer, out / "best")
+                    save_model(best_model, out / "best", card({"before": first, "after": scores}), cfg.dtype)
+                    write_atomically(out / "best" / "run_config.json", settings)
                 since += time.time() - scoring  # scoring is no training
             if step == total:
                 break
@@ -599,13 +612,15 @@ def train(cfg: Config, name: str = "run") -> dict:
 
     model.encoder.load_state_dict(load_bert(out / "best").state_dict())
     after = score.test(encoder)
+    rows = {"before": before, "before, first-last average": first_last, "after": after}
+    write_atomically(out / "best" / "README.md", card(rows))
     results = {
         "config": name, "seed": cfg.seed, "before": before, "before_first_last": first_last, "after": after,
         "dev_before": first["score"], "dev_best": best, "best_step": best_step, "steps": total,
-        "minutes": round((time.time() - started) / 60, 2), "command": " ".join(["python", *sys.argv]), "machine": machine(device),
+        "minutes": round((time.time() - started) / 60, 2), "command": shlex.join(["python", *sys.argv]), "machine": machine(device),
     }  # fmt: skip
     write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
-    print("\n" + score.report({"before": before, "before, first-last average": first_last, "after": after}))
+    print("\n" + score.report(rows))
     if best <= first["score"]:
         print(f"training did not beat its start on {score.name}: {first['score']:.2f} before, {best:.2f} at best")
     if cfg.score == "docs":

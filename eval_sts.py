@@ -285,8 +285,8 @@ def listed(known: Sequence[str]) -> Callable[[str], list[str]]:
 def model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that scores models."""
     parser.add_argument("models", metavar="MODEL", nargs="+", help="a model folder, a run's folder or a Hub name")
-    parser.add_argument("--pooler", type=listed(POOLINGS), default=["cls_before_pooler"], metavar="NAME,...",
-                        help=f"how a vector is made: {', '.join(POOLINGS)} (default: cls_before_pooler)")  # fmt: skip
+    parser.add_argument("--pooler", type=listed(POOLINGS), default=[None], metavar="NAME,...",
+                        help=f"how a vector is made: {', '.join(POOLINGS)} (default: the folder's own, else cls_before_pooler)")  # fmt: skip
     parser.add_argument("--data", metavar="DIR", default="", help="folder with SentEval's data (default: senteval.tar from the Hub)")
     parser.add_argument("--batch-size", type=count, default=128, help="sentences at a time (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers there, a line for each row")
@@ -308,7 +308,8 @@ def main() -> None:
         sets |= load_sets((*sources, "STSB-train", "SICKR-train", "SICKR-all"), load_set, senteval)
     rows, reports = {}, []
     for name, pooler in product(args.models, args.pooler):
-        bert, tokenizer = open_model(name)
+        bert, tokenizer, own, _ = open_model(name)
+        pooler = pooler or own
         encoder = partial(encode, bert, tokenizer, pooling=pooler, batch_size=args.batch_size)
         texts = list(dict.fromkeys(sentence for left, right, _ in sets.values() for sentence in left + right))
         vectors = dict(zip(texts, encoder(texts)))  # every row of this model and pooling needs the same

@@ -307,7 +307,8 @@ def main() -> None:
     tasks = load_sets([name for name in TASKS if name in args.tasks], load_task, find_senteval(args.data))
     rows, reports = {}, []
     for model, pooler in product(args.models, args.pooler):
-        bert, tokenizer = open_model(model)
+        bert, tokenizer, own, _ = open_model(model)
+        pooler = pooler or own
         sentences = list(dict.fromkeys(s for task in tasks.values() for side in task.sentences for s in side))
         encoded = encode(bert, tokenizer, sentences, pooler, args.batch_size)
         if not np.isfinite(encoded).all():

@@ -253,7 +253,8 @@ def main() -> None:
         texts = load_set("STSB", find_senteval(args.data))
     labels, reports = [], []
     for model, pooler in product(args.models, args.pooler):
-        bert, tokenizer = open_model(model)
+        bert, tokenizer, own, _ = open_model(model)
+        pooler = pooler or own
         encoder = partial(encode, bert, tokenizer, pooling=pooler, batch_size=args.batch_size, max_length=getattr(args, "max_length", None))
         numbers, text = COMMANDS[args.command][0](encoder, texts, args)
         labels.append(f"{model} ({pooler})")

@@ -20,7 +20,6 @@ Not here: several GPUs, gradient accumulation, languages without spaces between 
 """
 
 import argparse
-import copy
 import itertools
 import json
 import math
@@ -384,7 +383,7 @@ def pretrain(args: argparse.Namespace) -> None:
         """The model in fp16, for everyone, and what --resume needs; each file whole or not at all."""
         for name, content in tokenizer_files.items():
             write_atomically(out / name, content)
-        save_bert(copy.deepcopy(model).half(), out)
+        save_bert(model, out, torch.float16)
         write_atomically(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
         state = {"fixed": fixed, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                  "step": step, "tokens": tokens, "seconds": seconds, "log": log}  # fmt: skip

@@ -342,8 +342,8 @@ def test_offline_every_lookup_points_to_the_demo(find, tmp_path, monkeypatch):
 def test_hub_models_come_as_safetensors_and_as_pickles_only_where_there_are_none(tmp_path, monkeypatch, weights):
     calls = []
 
-    def snapshot_download(name, repo_type, allow_patterns):
-        assert repo_type == "model"
+    def snapshot_download(name, repo_type, revision, allow_patterns):
+        assert (name, repo_type, revision) == ("org/name", "model", "v2")
         (tmp_path / "config.json").touch()
         calls.append(allow_patterns)
         if any(Path(weights).match(pattern) for pattern in allow_patterns):
@@ -351,7 +351,7 @@ def test_hub_models_come_as_safetensors_and_as_pickles_only_where_there_are_none
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert data.find_model("org/name") == tmp_path and (tmp_path / weights).exists()
+    assert data.find_model("org/name@v2") == tmp_path and (tmp_path / weights).exists()
     assert "pytorch_model.bin" not in calls[0] and len(calls) == 1 + weights.endswith(".bin")
     assert all(any(Path(f).match(p) for p in calls[0]) for f in ("config.json", "tokenizer.json", "vocab.txt", "vocab.json", "merges.txt"))
 
@@ -366,7 +366,7 @@ def test_find_text(tmp_path, monkeypatch):
         data.find_text("none.txt", "inside")
     hub = tmp_path / "dataset" / "princeton-nlp" / "datasets-for-simcse"
     hub.mkdir(parents=True)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, repo_type, allow_patterns: str(tmp_path / repo_type / repo))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, repo_type, revision, allow_patterns: str(tmp_path / repo_type / repo))
     with pytest.raises(UserError, match="wiki1m_for_simcse.txt .data set princeton-nlp/datasets-for-simcse. is neither"):
         data.find_text("wiki1m_for_simcse.txt", "inside")  # the cache knows the data set, but not this file of it
     (hub / "wiki1m_for_simcse.txt").touch()

@@ -1,6 +1,11 @@
 """embed.py: every pooling against transformers and sentence-transformers, encode(), and the DiffCSE tool."""
 
+import io
+import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +14,14 @@ import torch
 from transformers import AutoTokenizer, BertModel
 
 import bert
+import data
 import diffcse
 import embed
 from bert import UserError
 from data import Tokenizer
 
-SMALL = Path(__file__).parent.parent / "assets" / "small-bert"
+ROOT = Path(__file__).parent.parent
+SMALL = ROOT / "assets" / "small-bert"
 RNG = random.Random(3)
 WORDS = "the a cat dog plays guitar slowly in near 3.14 café 漢字 qzxjkv 🙂 , !".split()
 NASTY = ["", "   ", "Café ÀÉ 漢字 🙂 \x00\x07 \u2028", "[MASK] [SEP] end", "word " * 10_000, "same", "same", "x" * 200,
@@ -193,8 +200,9 @@ def test_search_is_sorted_thresholded_inclusively_and_cut_at_top_k(tool, many):
 
 def test_search_shapes_and_errors(tmp_path):
     fresh = embed.DiffCSE(SMALL, device="cpu")
-    with pytest.raises(UserError, match="build_index"):
-        fresh.search("a")
+    for use in (lambda: fresh.search("a"), lambda: fresh.add_to_index(["a"]), lambda: fresh.save_index(tmp_path / "i.safetensors")):
+        with pytest.raises(UserError, match="build_index"):
+            use()
     with pytest.raises(UserError, match="is not there"):
         fresh.build_index(str(tmp_path / "none.txt"))
     (tmp_path / "index.txt").write_text("a cat \nune fenêtre\t\n\nthe guitar", encoding="utf-8")
@@ -202,10 +210,182 @@ def test_search_shapes_and_errors(tmp_path):
     assert fresh.sentences == ["a cat", "une fenêtre", "", "the guitar"]
     assert fresh.search("the guitar", threshold=0.999) == [("the guitar", pytest.approx(1, abs=1e-5))]
     assert [len(hits) for hits in fresh.search(["a", "b", "c"], threshold=-1, top_k=2)] == [2, 2, 2] and fresh.search([]) == []
+    for bad, says in [(["the one", None], "sentence 1 of 2 is None: it must be a str"), ([3.5], "sentence 0 of 1 is 3.5"), (["a", "b \ud800"], "'b .ud800' cannot be written as UTF-8"), (None, "a list of sentences is meant")]:
+        for use in (fresh.build_index, fresh.add_to_index, fresh.encode, fresh.search, lambda x: fresh.similarity("a", x), lambda x: fresh.similarity(x, "a")):
+            with pytest.raises(UserError, match=says):
+                use(bad)
+    for top_k in (-1, 2.5, None):
+        with pytest.raises(UserError, match="top_k is"):
+            fresh.search("a", top_k=top_k)
+    assert len(fresh.sentences) == 4 and fresh.search("the guitar", threshold=0.999)  # nothing was lost
     fresh.build_index(["the one"])  # replaces, does not add
     assert [s for s, _ in fresh.search("a cat", threshold=-1)] == ["the one"]
     fresh.build_index([])
-    assert fresh.search("a") == []
+    assert fresh.search("a") == [] and fresh.search(["a", "b"], threshold=-1) == [[], []]
+
+
+def test_a_lone_str_is_no_list_of_sentences(small, tokenizer):
+    with pytest.raises(UserError, match="a list of sentences is meant, and this is 'a cat'"):
+        embed.encode(small, tokenizer, "a cat")
+
+
+def assert_hits(ours, scores, sentences, threshold, top_k, rounding) -> None:
+    """What search gave for each query against the definition. scores[i][j]: the cosine of query i with sentence j, by itself.
+
+    Cosines that differ by rounding alone may stand in either order; equal ones stand in the order of the sentences.
+    """
+    for hits, row in zip(ours, scores, strict=True):
+        order = sorted((j for j in range(len(sentences)) if row[j] >= threshold), key=lambda j: (-row[j], j))[:top_k]
+        assert [cosine for _, cosine in hits] == pytest.approx([row[j] for j in order], abs=rounding)
+        best = {}
+        for sentence, cosine in zip(sentences, row):
+            best[sentence] = cosine
+        for (sentence, cosine), j in zip(hits, order):
+            assert cosine == pytest.approx(best[sentence], abs=rounding) and (sentence == sentences[j] or abs(row[j] - best[sentence]) < 2 * rounding)
+
+
+LINES = [" ".join(RNG.choices(WORDS, k=RNG.randrange(1, 12))) for _ in range(300)] + ["the same one"] * 7  # ties, too
+
+
+@pytest.mark.parametrize("use_faiss, block", [(False, 7), (False, 1 << 16), (True, 1 << 16)])
+def test_search_equals_brute_force_however_the_index_came_to_be(tool, tmp_path, monkeypatch, use_faiss, block):
+    """Built at once, added to, saved in either type and loaded from the file, added to again; one query and twenty."""
+    if use_faiss:
+        pytest.importorskip("faiss", reason="faiss is optional: pip install faiss-cpu")
+    monkeypatch.setattr(embed, "BLOCK", block)
+    queries = LINES[:10] + [" ".join(RNG.choices(WORDS, k=5)) for _ in range(9)] + ["the same one"]
+    tool.build_index(LINES[:100], use_faiss=use_faiss)
+    tool.add_to_index(LINES[100:101])
+    (tmp_path / "rest.txt").write_text("\n".join(LINES[101:250]), encoding="utf-8")
+    tool.add_to_index(str(tmp_path / "rest.txt"))
+    vectors = {"fp32": tool.encode(LINES[:250], return_numpy=True)}
+    vectors["fp16"] = vectors["fp32"].astype(np.float16)
+    for dtype in (None, "fp32", "fp16"):
+        if dtype:
+            tool.save_index(tmp_path / dtype, dtype)
+            tool.build_index(["another"])
+            tool.load_index(tmp_path / dtype, use_faiss)
+            tool.save_index(tmp_path / dtype, dtype)  # over the file that it is being read from
+        assert tool.sentences == LINES[:250]
+        scores = [[float(np.float64(q) @ np.float64(v)) for v in vectors[dtype or "fp32"]] for q in tool.encode(queries, return_numpy=True)]
+        rounding = 1e-4 if dtype == "fp16" else 1e-5  # a batch's other sentences move a vector by 1e-7, and perhaps to fp16's next number
+        for threshold, top_k in ((0.6, 5), (-1, 1), (0.9, 1000), (-1, 1000)):
+            assert_hits(tool.search(queries, threshold, top_k), scores, LINES[:250], threshold, top_k, rounding)
+            assert_hits([tool.search(queries[3], threshold, top_k)], scores[3:4], LINES[:250], threshold, top_k, rounding)
+    tool.add_to_index(LINES[250:])
+    best = tool.search("the same one", threshold=0.99999)
+    assert [s for s, _ in best] == ["the same one"] * 5 and len(tool.search("the same one", 0.99999, 100)) == 7
+
+
+def test_of_equal_cosines_the_first_added_comes_first(tool):
+    """Also at the cut: 3 of 40 that are all equal, in parts and blocks."""
+    tool.build_index(["x"] * 10)
+    for _ in range(3):
+        tool.add_to_index(["x"] * 10)
+    tool.sentences = [str(i) for i in range(40)]  # so that they can be told apart
+    assert [s for s, _ in tool.search("x", top_k=3)] == ["0", "1", "2"] and len(tool.search("x", top_k=100)) == 40
+
+
+def test_an_index_of_another_model_pooler_or_width_and_what_is_none_are_refused(tool, tmp_path, small):
+    tool.build_index(["a cat", "a line\nof two", "\x00 漢字 🙂"])  # any str can be kept
+    tool.save_index(tmp_path / "index.safetensors")
+    tool.load_index(tmp_path / "index.safetensors")
+    assert tool.sentences == ["a cat", "a line\nof two", "\x00 漢字 🙂"]
+    refused = [(embed.DiffCSE(SMALL, "cpu", pooler="mean"), "index.safetensors", "made by another model, or with another pooler than mean")]
+    nearly = embed.DiffCSE(SMALL, "cpu")
+    torch.manual_seed(0)
+    for p in nearly.bert.parameters():
+        p.data += 1e-2 * p.data.std() * torch.randn_like(p) if p.numel() > 1 else 0  # a few steps of training away
+    refused += [(nearly, "index.safetensors", "made by another model")]
+    narrow = embed.DiffCSE(SMALL, "cpu")
+    narrow.bert.cfg.hidden_size = 64
+    refused += [(narrow, "index.safetensors", "vectors of 192 numbers, this model's have 64")]
+    (tmp_path / "text").write_text("a cat\n" * 10)
+    bert.write_safetensors(tmp_path / "weights", {"a": torch.zeros(3)})
+    whole = bert.read_safetensors(tmp_path / "index.safetensors")
+    for name, change in {"short": {"vectors": whole["vectors"][:2]}, "wide": {"vectors": whole["vectors"][:, :5].clone()}, "ints": {"vectors": whole["vectors"].long()},
+                         "json": {"sentences": torch.zeros(4, dtype=torch.uint8)}, "probe": {"probe": whole["probe"][:7]}}.items():  # fmt: skip
+        bert.write_safetensors(tmp_path / name, whole | change)
+        refused += [(tool, name, f"{name} is no index")]
+    for model, name, says in [*refused, (tool, "weights", "weights is no index"), (tool, "text", "not a whole safetensors file"), (tool, "none", "no such index")]:
+        before = model.sentences, model.vectors
+        with pytest.raises(UserError, match=says):
+            model.load_index(tmp_path / name)
+        assert model.sentences is before[0] and model.vectors is before[1]  # what was there is still there
+    half = embed.DiffCSE(SMALL, "cpu")
+    for p in half.bert.parameters():
+        p.data = p.data.half().float()
+    half.load_index(tmp_path / "index.safetensors")  # the same model kept in fp16 is the same model
+    with pytest.raises(UserError, match="dtype is 'int8': it must be fp32 or fp16"):
+        tool.save_index(tmp_path / "x", "int8")
+
+
+def test_faiss_that_is_not_installed_is_said(tool, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    tool.build_index(["kept"])
+    with pytest.raises(UserError, match="pip install faiss-cpu"):
+        tool.build_index(["a"], use_faiss=True)
+    assert tool.sentences == ["kept"]
+
+
+def test_keys_of_the_wrong_width_and_unknown_devices_are_refused(tool):
+    with pytest.raises(UserError, match=r"keys have the shape \(2, 5\): vectors of 192 are meant"):
+        tool.similarity("a", np.zeros((2, 5)))
+    assert tool.similarity("a cat", tool.encode("a cat")).shape == (1,)
+    for device in ("nonsense", "cuda:99"):
+        with pytest.raises(UserError, match=f"device '{device}': "):
+            embed.DiffCSE(SMALL, device=device)
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def cli(*args, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / "embed.py"), *map(str, args)], capture_output=True, text=True, encoding="utf-8", **options)
+
+
+def test_the_command_line_encodes_searches_and_compares(tool, tmp_path):
+    """Files, pipes and typed questions; text and JSON lines; the same numbers as the class."""
+    lines = ["the cat plays", "une fenêtre", "", "漢字 🙂", "a guitar"]
+    (tmp_path / "a.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    expected = tool.encode(lines, return_numpy=True)
+    done = cli("encode", SMALL, tmp_path / "a.txt", "--out", tmp_path / "v.npy")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-6)
+    done = cli("encode", SMALL, "-", "--no-normalize", input="\n".join(lines))
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["sentence"] for row in rows] == lines and done.stderr == ""
+    np.testing.assert_allclose([row["vector"] for row in rows], tool.encode(lines, normalize_to_unit=False), atol=1e-5)
+
+    done = cli("similarity", SMALL, "a cat", "a dog", "une fenêtre")
+    assert done.stdout == "".join(f"{c:.4f}\n" for c in tool.similarity("a cat", ["a dog", "une fenêtre"]))
+
+    tool.build_index(lines)
+    hits = tool.search("a cat", threshold=-1, top_k=3)
+    done = cli("search", SMALL, tmp_path / "a.txt", "a cat", "--top-k", 3)
+    assert done.stdout == "".join(f"{c:.4f}\t{s}\n" for s, c in hits) and done.stderr == ""
+    assert cli("search", SMALL, "-", "a cat", "--top-k", "3", input="\n".join(lines)).stdout == done.stdout
+    done = cli("index", SMALL, tmp_path / "a.txt", tmp_path / "a.safetensors", "--dtype", "fp16")
+    assert "5 sentences" in done.stdout
+    done = cli("search", SMALL, tmp_path / "a.safetensors", "--json", "--threshold", hits[1][1] - 0.01, input="a cat\n\n漢字 🙂\n")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["question"], row["sentence"]) for row in rows][:3] == [("a cat", hits[0][0]), ("a cat", hits[1][0]), ("漢字 🙂", "漢字 🙂")]
+    assert rows[0]["cosine"] == pytest.approx(hits[0][1], abs=1e-3) and done.stderr == ""
+
+
+@pytest.mark.parametrize("args, says", [
+    (["encode", "/none/such", "-"], "/none/such: no such model folder"), (["encode", SMALL, "/none/such.txt"], "/none/such.txt is not there"),
+    (["search", SMALL, "-"], "cannot both come from standard input"), (["search", SMALL, "/none.safetensors", "a"], "/none.safetensors: no such index"),
+    (["encode", SMALL, "-", "--out", "/none/such/v.npy"], "could not be written"), (["encode", SMALL, "-", "--pooler", "cls"], "needs the model's own pooler"), (["encode", SMALL, "-"], "standard input line 2: not UTF-8 (byte 0xff at column 3)")])  # fmt: skip
+def test_command_line_mistakes_are_one_line_and_exit_2(args, says, monkeypatch, capsys):
+    if "/none/such/v.npy" in args and os.access("/", os.W_OK):
+        args = [*args[:-1], "/proc/none/v.npy"]  # root may write anywhere but there
+    monkeypatch.setattr(sys, "argv", ["embed.py", *map(str, args)])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\nb \xff\n" if says.startswith("standard input") else b"a\n")))
+    with pytest.raises(SystemExit) as exit:
+        data.run_main(embed.main)
+    captured = capsys.readouterr()
+    assert exit.value.code == 2 and says in captured.err and captured.err.count("\n") == 1 and captured.out == ""
 
 
 def test_poolers_the_model_has_not_or_nobody_knows():

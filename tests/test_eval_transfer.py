@@ -338,7 +338,7 @@ def compare(model: str, folder: str, mode: str, tasks: str = ",".join(eval_trans
 
     PYTHONPATH=. python tests/test_eval_transfer.py assets/small-bert DIR test
     """
-    bert, tokenizer = eval_transfer.open_model(model)
+    bert, tokenizer, *_ = eval_transfer.open_model(model)
     for name in tasks.split(","):
         task = eval_transfer.load_task(name, data.find_senteval(folder))
         unique = list(dict.fromkeys(s for side in task.sentences for s in side))

@@ -21,7 +21,7 @@ import scipy.stats
 import torch
 import transformers
 
-from bert import BertConfig, BertForMaskedLM, UserError, load_bert
+from bert import BertConfig, BertForMaskedLM, UserError, load_bert, read_safetensors
 from data import Tokenizer
 from lab import pretrain
 
@@ -333,7 +333,8 @@ def test_a_run_leaves_a_folder_for_transformers_and_can_go_on(text, tmp_path):
     with torch.no_grad():
         ours = load_bert(out, mlm=True)(ids)
         np.testing.assert_allclose(ours, theirs.eval()(input_ids=ids).logits, atol=1e-5)
-    assert next(iter(transformers.BertForMaskedLM.from_pretrained(out, dtype="auto").parameters())).dtype == torch.float16
+    assert {tensor.dtype for tensor in read_safetensors(out / "model.safetensors").values()} == {torch.float16}  # half the file, computed in fp32
+    assert next(iter(transformers.BertForMaskedLM.from_pretrained(out, dtype="auto").parameters())).dtype == torch.float32
 
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     refused = run(*flags(text, out))

@@ -277,7 +277,8 @@ def test_every_family_trains_and_its_best_model_loads_everywhere(run, tmp_path, 
         backend.save(str(tmp_path / name / "tokenizer.json"))
     results = run(model=str(tmp_path / "f"), generator=str(tmp_path / "g"), pooling="cls" if pooler else "cls_before_pooler")
     best = tmp_path / "out" / "best"
-    ours, text = embed.DiffCSE(str(best), device="cpu"), sentences(5, 3)
+    assert embed.DiffCSE(str(best), device="cpu").pooler == ("cls" if pooler else "cls_before_pooler")  # as the run scored it
+    ours, text = embed.DiffCSE(str(best), device="cpu", pooler="cls_before_pooler"), sentences(5, 3)
     ids, mask = (torch.tensor([row[i] for row in (lambda e: [(r + [pad] * (20 - len(r)), [1] * len(r) + [0] * (20 - len(r))) for r in e])(ours.tokenizer(text, 20))])
                  for i in (0, 1))  # fmt: skip
     theirs = transformers.AutoModel.from_pretrained(best, **keep).eval()(ids, attention_mask=mask).last_hidden_state[:, 0]

@@ -1,0 +1,133 @@
+"""How fast: ours against the same work on sentence-transformers, in turn in one process; and what a large index costs.
+
+    python -m lab.bench encode MODEL --text FILE [--sentences 20000] [--rounds 5] [--json FILE]
+    python -m lab.bench search --text FILE [--sentences 1000000] [--width 256] [--json FILE]
+
+A figure of speed is a ratio: the machine's own moods meet both. Wants `pip install -r requirements-dev.txt` for encode.
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import random
+import resource
+import statistics
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bert import Bert, BertConfig, UserError, write_atomically
+from data import Tokenizer, find_model, read_lines, run_main
+from embed import MAX_LENGTH, DiffCSE, Opened, save_model
+from eval_sts import count
+
+
+def read_text(path: str) -> list[str]:
+    lines = [line for line in read_lines(Path(path)) if line.strip()]
+    if not lines:
+        raise UserError(f"{path}: no sentences in it")
+    return lines
+
+
+def timed(work) -> tuple[float, object]:
+    started = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started, result
+
+
+def bench_encode(args: argparse.Namespace) -> dict:
+    """Sentences per second of DiffCSE.encode and SentenceTransformer.encode, each with its own defaults, and their ratio."""
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        raise UserError("encode wants sentence-transformers: pip install -r requirements-dev.txt") from None
+    lines = read_text(args.text)
+    sentences = random.Random(args.seed).sample(lines, min(args.sentences, len(lines)))
+    ours = DiffCSE(args.model, device="cpu")
+    theirs = SentenceTransformer(str(find_model(args.model)), device="cpu")
+    tokens = [len(ids) for ids in ours.tokenizer(sentences, ours.max_length)]
+    ours.encode(sentences[:256]), theirs.encode(sentences[:256])  # what is only done once
+    rounds = []
+    for i in range(args.rounds):
+        a, u = timed(lambda: ours.encode(sentences, return_numpy=True))
+        b, v = timed(lambda: theirs.encode(sentences, normalize_embeddings=True))
+        rounds.append({"ours": round(len(sentences) / a, 1), "sentence_transformers": round(len(sentences) / b, 1), "ratio": round(b / a, 3)})
+        print(f"round {i + 1}: {rounds[-1]}", flush=True)
+    ratios = sorted(row["ratio"] for row in rounds)
+    return {"model": args.model, "sentences": len(sentences), "tokens": dict(zip(("5%", "median", "95%", "longest"), np.percentile(tokens, [5, 50, 95, 100]).tolist())),
+            "ratio": {"median": statistics.median(ratios), "least": ratios[0], "most": ratios[-1]}, "largest_difference": float(abs(u - v).max()),
+            "rounds": rounds}  # fmt: skip
+
+
+def peak() -> int:
+    """The most memory this process has had, in MB (on Linux; elsewhere in the system's own unit)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def build(folder: Path, text: str, sentences: int) -> dict:
+    tool, lines = DiffCSE(folder, device="cpu"), read_text(text)
+    base = peak()
+    numbered = [f"{lines[i % len(lines)]} {i // len(lines)}" for i in range(sentences)]
+    seconds, _ = timed(lambda: tool.build_index(numbered))
+    saving = {dtype: round(timed(lambda: tool.save_index(folder / dtype, dtype))[0], 2) for dtype in ("fp32", "fp16")}  # noqa: B023
+    return {"build_seconds": round(seconds, 1), "save_seconds": saving, "MB_before": base, "MB_peak": peak()}
+
+
+def search(folder: Path, dtype: str, text: str) -> dict:
+    tool, queries = DiffCSE(folder, device="cpu"), list(islice(read_lines(Path(text)), 64))
+    base = peak()
+    loading, _ = timed(lambda: tool.load_index(folder / dtype))
+    first, _ = timed(lambda: tool.search(queries[0]))
+    one = [timed(lambda: tool.search(query))[0] for query in queries[:20]]  # noqa: B023
+    many, _ = timed(lambda: tool.search(queries))
+    return {"file_MB": round((folder / dtype).stat().st_size / 1e6), "load_seconds": round(loading, 2), "first_query_seconds": round(first, 3),
+            "query_seconds": {"median": round(statistics.median(one), 3), "most": round(max(one), 3)}, "64_queries_seconds": round(many, 2),
+            "MB_before": base, "MB_peak": peak()}  # fmt: skip
+
+
+def bench_search(args: argparse.Namespace) -> dict:
+    """A random one-layer encoder of the width, its vectors of numbered lines; building and searching in a process each."""
+    result = {"sentences": args.sentences, "width": args.width}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, tokenizer = Path(temporary), Tokenizer(find_model("assets/small-bert"))
+        torch.manual_seed(args.seed)
+        bert = Bert(BertConfig(vocab_size=tokenizer.vocab_size, hidden_size=args.width, num_hidden_layers=1, num_attention_heads=4,
+                               intermediate_size=args.width, initializer_range=0.2))  # fmt: skip
+        save_model(Opened(bert, tokenizer, "mean", MAX_LENGTH), folder)
+        for name, work, arguments in (("build", build, (folder, args.text, args.sentences)),
+                                      ("fp32", search, (folder, "fp32", args.text)), ("fp16", search, (folder, "fp16", args.text))):  # fmt: skip
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                result[name] = pool.apply(work, arguments)
+            print(f"{name}: {result[name]}", flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="lab.bench", description="How fast, against the libraries.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, sentences, text in (("encode", 20_000, "against sentence-transformers"), ("search", 1_000_000, "building and searching a large index")):
+        sub = commands.add_parser(name, help=text, allow_abbrev=False)
+        if name == "encode":
+            sub.add_argument("model", metavar="MODEL")
+            sub.add_argument("--rounds", type=count, default=5, help="(default: %(default)s)")
+        else:
+            sub.add_argument("--width", type=count, default=256, help="numbers in a vector (default: %(default)s)")
+        sub.add_argument("--text", required=True, metavar="FILE", help="one sentence a line")
+        sub.add_argument("--sentences", type=count, default=sentences, help="(default: %(default)s)")
+        sub.add_argument("--seed", type=int, default=0)
+        sub.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    result = {"command": args.command, **(bench_encode if args.command == "encode" else bench_search)(args), "threads": torch.get_num_threads(),
+              "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}  # fmt: skip
+    print(json.dumps(result, indent=2))
+    if args.json:
+        write_atomically(args.json, json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_main(main)
