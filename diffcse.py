@@ -47,9 +47,9 @@ from tqdm import tqdm
 from bert import Bert, BertForMaskedLM, UserError, load_bert, read_json, write_atomically
 from data import (TokenizedSentences, Tokenizer, epoch_order, find_model, find_senteval, find_text, local_folder,
                   mask_tokens, read_sentences, run_main)  # fmt: skip
-from embed import (MAX_LENGTH, POOLINGS, DiffCSE, Opened, check_pooling, encode, model_card,  # noqa: F401  (`from diffcse import DiffCSE`
-                   save_model)  # fmt: skip  is how the tool is reached)
-from eval_sts import TEST_SETS, average, format_table, load_set, score_pairs
+from embed import (MAX_LENGTH, POOLINGS, RUN_CONFIG, DiffCSE, Opened, check_pooling, encode,  # noqa: F401  (`from diffcse import
+                   model_card, save_model)  # fmt: skip  DiffCSE` is how the tool is reached)
+from eval_sts import TEST_SETS, average, format_table, load_set, read_pairs, score_pairs
 
 # ----------------------------------------------------------------------------------------------------------------
 # Configuration. The comments are the text of -h
@@ -62,7 +62,7 @@ class Config:
     generator: str = "distilbert-base-uncased"  # masked language model with the encoder's vocabulary; it stays fixed
     train_file: str = "wiki1m_for_simcse.txt"  # sentences: .txt, .csv, .tsv (also .gz, .xz), or 'docs': Python's documentation
     data: str = ""  # folder with STS/ and SICK/ (and the train file): nothing is downloaded that lies there
-    score: Literal["stsb", "dev", "docs"] = "stsb"  # what chooses the best checkpoint: STS-B dev (dev: and the test sets stay shut), or finding documentation
+    score: str = "stsb"  # what chooses the best checkpoint: stsb (dev: and the test sets stay shut), docs: finding documentation, or your own pairs: a .tsv or .csv
     dtype: Literal["fp32", "fp16"] = "fp32"  # of the best model's file; fp16 halves it
     out_dir: str = ""  # folder for the best model, config.json, log.jsonl and results.json (default: runs/NAME-1, -2, ...)
     seed: int = 42  # decides all that is random
@@ -112,6 +112,7 @@ class Config:
             "hard_negative_weight": (math.isfinite(self.hard_negative_weight), "a finite number"),
             "seed": (0 <= self.seed < 1 << 63, "0 or above, below 2^63"),
             "steps": (self.steps is None or self.steps >= 1, "at least 1"),
+            "score": (self.score in ("stsb", "dev", "docs") or self.score.endswith((".tsv", ".csv")), "stsb, dev, docs, or a .tsv or .csv of rated pairs"),
         }
         for name in ("epochs", "eval_every", "log_every"):
             rules[name] = (getattr(self, name) >= 1, "at least 1")
@@ -423,18 +424,20 @@ def build(cfg: Config) -> tuple[TrainingModel, Tokenizer]:
 
 
 class StsScore:
-    """STS-B dev chooses the checkpoint; the seven test sets are for before and after, and not for a search (--score dev)."""
-
-    name = "STS-B dev, Spearman x 100"
+    """STS-B dev chooses the checkpoint, or pairs of your own; the seven test sets are for before and after, and not for a search (--score dev)."""
 
     def __init__(self, cfg: Config):
-        folder = find_senteval(cfg.data)
-        self.dev_sets = {name: load_set(name, folder) for name in ("STSB-dev", "SICKR-dev")}
-        self.test_sets = {name: load_set(name, folder) for name in TEST_SETS if cfg.score == "stsb"}
+        if cfg.score in ("stsb", "dev"):
+            folder, self.name = find_senteval(cfg.data), "STS-B dev, Spearman x 100"
+            self.dev_sets = {name: load_set(name, folder) for name in ("STSB-dev", "SICKR-dev")}  # the first chooses
+            self.test_sets = {name: load_set(name, folder) for name in TEST_SETS if cfg.score == "stsb"}
+        else:
+            path = find_text(cfg.score, cfg.data)
+            self.name, self.dev_sets, self.test_sets = f"{path.name}, Spearman x 100", {path.name: read_pairs(path)}, {}
 
     def dev(self, encoder) -> dict[str, float]:
         scores = score_pairs(encoder, self.dev_sets)
-        return {"score": scores["STSB-dev"], **scores}
+        return {"score": scores[next(iter(self.dev_sets))], **scores}
 
     def test(self, encoder) -> dict[str, float]:
         scores = score_pairs(encoder, self.dev_sets | self.test_sets)
@@ -483,7 +486,7 @@ def about(name: str, cfg: Config, step: int, scores: dict[str, dict[str, float]]
     for key in scores["after"]:
         rows.append(f"| {key} | " + " | ".join(f"{column.get(key, math.nan):.2f}" for column in scores.values()) + " |")
     return (f"Trained by DiffCSE (Chuang et al., NAACL 2022) from `{cfg.model}`, config `{name}`, seed {cfg.seed}; this is step {step}. "
-            f"`run_config.json` has every setting.\n\n    {shlex.join(['python', *sys.argv])}\n\n" + "\n".join(rows)
+            f"`{RUN_CONFIG}` has every setting.\n\n    {shlex.join(['python', *sys.argv])}\n\n" + "\n".join(rows)
             + "\n\nWith " + ", ".join(f"{key} {value}" for key, value in depends_on.items()) + ".")  # fmt: skip
 
 
@@ -603,7 +606,7 @@ def train(cfg: Config, name: str = "run") -> dict:
                 if better:
                     best, best_step = scores["score"], step
                     save_model(best_model, out / "best", card({"before": first, "after": scores}), cfg.dtype)
-                    write_atomically(out / "best" / "run_config.json", settings)
+                    write_atomically(out / "best" / RUN_CONFIG, settings)
                 since += time.time() - scoring  # scoring is no training
             if step == total:
                 break

@@ -42,6 +42,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # of files; what is com
 # ----------------------------------------------------------------------------------------------------------------
 # Opening and keeping a model
 
+RUN_CONFIG = "run_config.json"  # in a model's folder: the settings of the run that made it
 MAX_LENGTH = 128  # tokens, where a folder says nothing (SPEC 9)
 THEIR_POOLING = {"cls_before_pooler": "cls", "mean": "mean", "max": "max"}  # sentence-transformers' names; "cls": a module more
 
@@ -65,10 +66,13 @@ def open_model(name: str) -> Opened:
     tokenizer.check_fits(at, bert.cfg.vocab_size)
     if "Pooling" not in modules:
         return Opened(bert, tokenizer, "cls_before_pooler", min(MAX_LENGTH, bert.max_length))
+    settings, tokens, theirs = (read_json(path) if path.is_file() else {} for path in (
+        at / "sentence_bert_config.json", at / "tokenizer_config.json", folder / "config_sentence_transformers.json"))  # fmt: skip
+    if theirs.get("default_prompt_name"):
+        raise UserError(f"{folder}: it puts the prompt {theirs['default_prompt_name']!r} before every sentence, which is not done here")
     pooling = _our_pooling(modules["Pooling"] / "config.json")
     if "Dense" in modules:
         bert.pooler, pooling = _tanh_layer(modules["Dense"], pooling, bert.cfg.hidden_size), "cls"
-    settings, tokens = (read_json(at / file) if (at / file).is_file() else {} for file in ("sentence_bert_config.json", "tokenizer_config.json"))
     if settings.get("do_lower_case"):  # before the tokenizer's own normaliser, as there
         own = [tokenizer.backend.normalizer] if tokenizer.backend.normalizer else []
         tokenizer.backend.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Lowercase(), *own])
@@ -83,7 +87,7 @@ def _their_modules(path: Path) -> dict[str, Path]:
     modules = {}
     for module in read_json(path, list):
         kind, inside = (str(module.get(key)) for key in ("type", "path")) if isinstance(module, dict) else ("nothing", "")
-        if inside and Path(inside).name != inside:
+        if inside == ".." or Path(inside).name != inside:
             raise UserError(f"{path}: the module folder {inside!r} is not a plain name")
         modules[kind.rpartition(".")[2]] = path.parent / inside
     if list(modules) not in [["Transformer", "Pooling", *dense, *unit] for dense in ([], ["Dense"]) for unit in ([], ["Normalize"])]:
@@ -159,6 +163,7 @@ def model_card(title: str, model: Opened, about: str, base_model: str = "") -> s
 
 # ----------------------------------------------------------------------------------------------------------------
 # Poolings
+
 
 def check_pooling(bert: Bert, pooling: str) -> None:
     """Raises: UserError if there is no such pooling, or not for this model."""
@@ -242,6 +247,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / np.where(norms == 0, 1, norms)
 
+
 # ----------------------------------------------------------------------------------------------------------------
 # The tool
 
@@ -276,7 +282,7 @@ class DiffCSE:
         """
         single = isinstance(sentence, str)
         vectors = encode(self.bert, self.tokenizer, [sentence] if single else sentence, self.pooler,
-                         batch_size, max_length or self.max_length, normalize_to_unit)  # fmt: skip
+                         batch_size, self.max_length if max_length is None else max_length, normalize_to_unit)  # fmt: skip
         vectors = vectors[0] if single and not keepdim else vectors
         return vectors if return_numpy else torch.from_numpy(vectors)
 
@@ -313,7 +319,8 @@ class DiffCSE:
             self.faiss.add(vectors.numpy())
 
     def _encode_lines(self, sentences: Sequence[str] | str | Path, batch_size: int) -> tuple[list[str], Tensor]:
-        texts = list(read_lines(Path(sentences))) if isinstance(sentences, (str, Path)) else sentences
+        texts = read_lines(Path(sentences)) if isinstance(sentences, (str, Path)) else sentences
+        texts = list(texts) if isinstance(texts, Iterable) else texts  # encode says what is wrong with the rest
         vectors = self.encode(texts, batch_size=batch_size)
         return [text.rstrip() for text in texts], vectors
 
@@ -411,11 +418,14 @@ def export(args: argparse.Namespace) -> None:
     model = open_model(args.model)
     model = model._replace(pooling=args.pooler or model.pooling)
     check_pooling(model.bert, model.pooling)
-    about = f"Made from `{args.model}` by `python embed.py export`, weights in {args.dtype}."
+    source, about = find_model(args.model), f"Made from `{args.model}` by `python embed.py export`, weights in {args.dtype}."
     save_model(model, folder, model_card(folder.resolve().name, model, about), args.dtype)
+    if (source / RUN_CONFIG).is_file():  # a model of a run: what its card says of the run is still true
+        write_atomically(folder / RUN_CONFIG, (source / RUN_CONFIG).read_bytes())
+        write_atomically(folder / "README.md", (source / "README.md").read_text(encoding="utf-8") + "\n" + about + "\n")
     size = (folder / "model.safetensors").stat().st_size
     print(f"{folder}: pooling {model.pooling}, {size / 1e6:.1f} MB of weights"
-          + f"; {len(model.bert.ignored)} tensors of other parts were left out" * bool(model.bert.ignored))  # fmt: skip
+          + f"; tensors of other parts that were left out: {len(model.bert.ignored)}" * bool(model.bert.ignored))  # fmt: skip
 
 
 def main() -> None:
@@ -469,7 +479,7 @@ def main() -> None:
     elif args.command == "index":
         model.build_index(args.file)
         model.save_index(args.out, args.dtype)
-        print(f"{args.out}: {len(model.sentences):,} sentences, {Path(args.out).stat().st_size / 1e6:.1f} MB")
+        print(f"{args.out}: {len(model.sentences):,} sentences, {Path(args.out).stat().st_size / 1e6:.3g} MB")
     else:
         if args.file == "-" and not args.question:
             raise UserError("the sentences and the questions cannot both come from standard input: name a file, or ask a question")

@@ -166,6 +166,28 @@ def load_set(name: str, senteval: Path) -> Pairs:
     return pairs
 
 
+def read_pairs(path: Path) -> Pairs:
+    """Pairs of your own: a .tsv or .csv with a header line and three columns, two sentences and how alike they are, on any scale.
+
+    Raises: UserError that names the file and the pair, or that there are fewer than 2.
+    """
+    pairs: Pairs = ([], [], [])
+    for number, row in enumerate(read_sentences(path), 1):
+        if len(row) != 3:
+            raise UserError(f"{path}: {len(row)} columns; a pair is two sentences and a number")
+        try:
+            score = float(row[2])
+        except ValueError:
+            score = np.nan
+        if not np.isfinite(score):
+            raise UserError(f"{path} pair {number}: the score {row[2]!r} is not a number")
+        for column, cell in zip(pairs, (row[0], row[1], score)):
+            column.append(cell)
+    if len(pairs[2]) < 2:
+        raise UserError(f"{path}: {len(pairs[2])} pairs; at least 2 can be ranked")
+    return pairs
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Scoring
 

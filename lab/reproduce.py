@@ -26,7 +26,7 @@ import numpy as np
 
 from bert import UserError, read_json, write_atomically
 from data import run_main
-from diffcse import PRESETS, parse_args
+from diffcse import PRESETS, load_preset, parse_args
 from eval_sts import TEST_SETS
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +60,7 @@ def run(flags: dict[str, object], folder: Path, config: str, more: list[str]) ->
     words = ["--config", config, *words, *more]
     wanted = asdict(parse_args(words)[1])
     if (folder / "results.json").is_file():
-        if read_json(folder / "config.json") != wanted:
+        if asdict(load_preset(str(folder / "config.json"))) != wanted:  # fields that came later are as they were then: at their defaults
             raise UserError(f"{folder} holds a run with other settings: name another --out, or delete that folder")
         return read_json(folder / "results.json")
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped

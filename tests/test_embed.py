@@ -110,6 +110,15 @@ def test_minilm_equals_sentence_transformers():
     np.testing.assert_allclose(ours, theirs.encode(NASTY, normalize_embeddings=True), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 1 << 14])
+def test_chunks_keep_every_vector_in_its_place(small, tokenizer, monkeypatch, chunk):
+    """What is tokenised and sorted at a time, with and without packed weights (from 32 sentences on)."""
+    alone = np.concatenate([embed.encode(small, tokenizer, [sentence]) for sentence in NASTY])
+    monkeypatch.setattr(embed, "CHUNK", chunk)
+    np.testing.assert_allclose(embed.encode(small, tokenizer, NASTY, batch_size=3), alone, atol=1e-5)
+    assert len(NASTY) >= 32
+
+
 def test_normalising_truncating_and_nothing_to_encode(small, tokenizer):
     plain, unit = (embed.encode(small, tokenizer, NASTY, normalize=normalize) for normalize in (False, True))
     np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, atol=1e-6)
@@ -214,11 +223,13 @@ def test_search_shapes_and_errors(tmp_path):
         for use in (fresh.build_index, fresh.add_to_index, fresh.encode, fresh.search, lambda x: fresh.similarity("a", x), lambda x: fresh.similarity(x, "a")):
             with pytest.raises(UserError, match=says):
                 use(bad)
+    with pytest.raises(UserError, match="max_length is 0"):
+        fresh.encode("a", max_length=0)
     for top_k in (-1, 2.5, None):
         with pytest.raises(UserError, match="top_k is"):
             fresh.search("a", top_k=top_k)
     assert len(fresh.sentences) == 4 and fresh.search("the guitar", threshold=0.999)  # nothing was lost
-    fresh.build_index(["the one"])  # replaces, does not add
+    fresh.build_index(s for s in ["the one"])  # replaces, does not add; anything that can be gone through
     assert [s for s, _ in fresh.search("a cat", threshold=-1)] == ["the one"]
     fresh.build_index([])
     assert fresh.search("a") == [] and fresh.search(["a", "b"], threshold=-1) == [[], []]

@@ -1,7 +1,9 @@
 """lab/reproduce.py and lab/plots.py: the search, the table, what is skipped; plots that open."""
 
+import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -135,3 +137,22 @@ def test_the_plot_of_scores_against_steps(tmp_path, monkeypatch):
     for folders, labels, says in (["uneven"], None, "different steps"), (["nothing"], None, "no log.jsonl"), (["a"], ["A", "B"], "2 for 1"):
         with pytest.raises(UserError, match=says):
             plots.steps("curves", [str(tmp_path / folder) for folder in folders], labels)
+
+
+def test_bench_measures_a_large_index_and_says_what_is_missing(tmp_path, monkeypatch):
+    """The parts that run in a process each; the figures are for a person to read, here only that they are of what was asked for."""
+    from lab import bench
+
+    (tmp_path / "text.txt").write_text("a cat\n\nthe guitar\n" + "a dog\n" * 5)
+    shutil.copytree(ROOT / "assets" / "small-bert", tmp_path / "model")
+    built = bench.build(tmp_path / "model", str(tmp_path / "text.txt"), 50)
+    assert built["build_seconds"] >= 0 and built["MB_peak"] >= built["MB_before"] > 0
+    for dtype in ("fp32", "fp16"):
+        found = bench.search(tmp_path / "model", dtype, str(tmp_path / "text.txt"))
+        assert found["query_seconds"]["most"] >= found["query_seconds"]["median"] > 0
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(UserError, match="encode wants sentence-transformers: pip install -r requirements-dev.txt"):
+        bench.bench_encode(argparse.Namespace(text=str(tmp_path / "text.txt"), sentences=5, seed=0, model="", rounds=1))
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(UserError, match="empty.txt: no sentences in it"):
+        bench.read_text(str(tmp_path / "empty.txt"))

@@ -128,7 +128,7 @@ def test_a_released_checkpoint_is_exactly_its_encoder(tmp_path, prefix, others, 
     assert (embed.DiffCSE(released, "cpu").encode(SENTENCES[:50], return_numpy=True) == expected).all()
     monkeypatch.setattr("sys.argv", ["embed.py", "export", str(released), str(tmp_path / "out")])
     embed.main()
-    assert f"{len(others) + len(encoder)} tensors of other parts were left out" in capsys.readouterr().out
+    assert f"tensors of other parts that were left out: {len(others) + len(encoder)}" in capsys.readouterr().out
     kept = bert.read_safetensors(tmp_path / "out" / "model.safetensors")
     assert {name: True for name in kept} == {name: True for name in tensors if name.startswith(prefix)}
     assert all(torch.equal(kept[name], tensors[name]) for name in kept)
@@ -188,6 +188,8 @@ def test_older_folders_with_the_transformer_in_its_own_place_and_lower_casing(tm
     ("modules.json", "[]", "its modules are ; known"),
     ("modules.json", json.dumps([{"path": "", "type": "a.Transformer"}, {"path": "1_Pooling", "type": "a.WordWeights"}]), "its modules are Transformer, WordWeights"),
     ("modules.json", json.dumps([{"path": "", "type": "a.Transformer"}, {"path": "../1_Pooling", "type": "a.Pooling"}]), "'../1_Pooling' is not a plain name"),
+    ("modules.json", json.dumps([{"path": "..", "type": "a.Transformer"}]), "'..' is not a plain name"),
+    ("config_sentence_transformers.json", json.dumps({"default_prompt_name": "query"}), "the prompt 'query' before every sentence, which is not done here"),
     ("1_Pooling/config.json", json.dumps({"pooling_mode": "lasttoken"}), "the pooling 'lasttoken' is not known here; known are cls, mean, max"),
     ("1_Pooling/config.json", json.dumps({"pooling_mode": ["cls"]}), r"the pooling \['cls'\] is not known here"),
     ("1_Pooling/config.json", json.dumps({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}), r"the pooling 'cls\+mean' is not known"),

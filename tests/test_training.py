@@ -445,3 +445,49 @@ def test_a_negative_number_is_a_flags_value():
 def test_dataclass_and_presets_can_be_saved_and_read_back():
     for name, cfg in diffcse.PRESETS.items():
         assert {f: parse_field(f, v) for f, v in json.loads(json.dumps(dataclasses.asdict(cfg))).items()} == dataclasses.asdict(cfg.check()), name
+
+
+# ------------------------------------------------------------------------------- your own text, in another language
+
+
+def test_own_text_and_pairs_in_another_language(tmp_path, monkeypatch):
+    """Chinese, from a cased vocabulary of its characters to a model that is found again: nothing takes English for granted."""
+    r = random.Random(3)
+    characters = sorted(set("今天天气很好我们去公园散步小猫喜欢吃鱼他昨天买了一本新书老师在教室里讲课"))
+    lines = ["".join(r.choices(characters, k=r.randint(3, 15))) + "。" for _ in range(60)]
+    model = bert.BertForMaskedLM(bert.BertConfig(vocab_size=5 + len(characters) + 1, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                                 intermediate_size=16, max_position_embeddings=40, initializer_range=0.3))  # fmt: skip
+    bert.save_bert(model, tmp_path / "zh")
+    (tmp_path / "zh" / "vocab.txt").write_text("\n".join([*WORDS[:5], *characters, "。"]), encoding="utf-8")
+    (tmp_path / "zh" / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    (tmp_path / "text.txt").write_text("\n".join(lines), encoding="utf-8")
+    rows = [(a, b, len({*a} & {*b})) for a, b in zip(lines[:30], lines[30:])]
+    (tmp_path / "pairs.tsv").write_text("a\tb\talike\n" + "".join(f"{a}\t{b}\t{s}\n" for a, b, s in rows), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    config = Config(model="zh", generator="zh", train_file="text.txt", score="pairs.tsv", batch_size=8, steps=4, eval_every=2, lr=1e-3, out_dir="out", device="cpu")
+    results = diffcse.train(config.check())
+    tool = embed.DiffCSE("out", device="cpu")
+    unknown = tool.tokenizer.unk
+    assert not any(unknown in ids for ids in tool.tokenizer(lines, 40))
+    assert results["after"].keys() == {"pairs.tsv"} and results["best_step"] in (2, 4)
+    u, v = (tool.encode(list(side), return_numpy=True) for side in list(zip(*rows))[:2])
+    assert results["after"]["pairs.tsv"] == pytest.approx(100 * eval_sts.spearman((u * v).sum(1), [s for *_, s in rows]), abs=0.5)
+    tool.build_index(lines)
+    assert tool.search(lines[7], threshold=0.999)[0][0] == lines[7]
+
+
+@pytest.mark.parametrize("text, says", [
+    ("a\tb\n1\t2\n", "2 columns; a pair is two sentences and a number"), ("a\tb\tc\nx\ty\tmuch\n", "pairs.tsv pair 1: the score 'much' is not a number"),
+    ("a\tb\tc\nx\ty\t1\nx\ty\tnan\n", "pair 2: the score 'nan' is not a number"), ("a\tb\tc\nx\ty\t1\n", "1 pairs; at least 2 can be ranked")])  # fmt: skip
+def test_bad_pairs_are_refused_with_file_and_pair(tmp_path, text, says):
+    (tmp_path / "pairs.tsv").write_text(text)
+    with pytest.raises(UserError, match=says) as error:
+        eval_sts.read_pairs(tmp_path / "pairs.tsv")
+    assert "pairs.tsv" in str(error.value)
+
+
+def test_a_score_that_is_neither_a_name_nor_a_file_of_pairs_is_refused():
+    with pytest.raises(UserError, match="--score is nonsense: it must be stsb, dev, docs, or a .tsv or .csv of rated pairs"):
+        Config(score="nonsense").check()
+    with pytest.raises(UserError, match="none.tsv: no such sentence file"):
+        diffcse.StsScore(Config(score="none.tsv"))
