@@ -15,6 +15,7 @@ import resource
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -101,8 +102,8 @@ def bench_search(args: argparse.Namespace) -> dict:
         save_model(Opened(bert, tokenizer, "mean", MAX_LENGTH), folder)
         for name, work, arguments in (("build", build, (folder, args.text, args.sentences)),
                                       ("fp32", search, (folder, "fp32", args.text)), ("fp16", search, (folder, "fp16", args.text))):  # fmt: skip
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                result[name] = pool.apply(work, arguments)
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                result[name] = process.submit(work, *arguments).result()
             print(f"{name}: {result[name]}", flush=True)
     return result
 
