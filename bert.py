@@ -15,9 +15,11 @@ erf-GELU. config.json files that ask for one of these are refused.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import mmap
+import operator
 import os
 import platform
 import re
@@ -305,9 +307,9 @@ class BertForMaskedLM(nn.Module):
 # safetensors: 8 bytes of length, a JSON header, the bytes of the tensors. github.com/huggingface/safetensors
 
 DTYPES = {  # in the order in which the reference library lays tensors out
-    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "U32": torch.uint32, "I32": torch.int32,
-    "BF16": torch.bfloat16, "F16": torch.float16, "U16": torch.uint16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "C64": torch.complex64, "F32": torch.float32, "U32": torch.uint32, "I32": torch.int32,
+    "BF16": torch.bfloat16, "F16": torch.float16, "U16": torch.uint16, "I16": torch.int16,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes; the reference library's own limit
 
@@ -323,8 +325,9 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     def broken(what: str) -> UserError:
         return UserError(f"{path}: not a whole safetensors file: {what}; copy or download it again")
 
-    def unique(pairs: list) -> dict:
-        if len(pairs) != len({name for name, _ in pairs}):
+    def unique(pairs: list) -> dict:  # of a tensor listed twice the library takes the last; the first one's bytes are then nobody's
+        names = [name for name, _ in pairs]
+        if any(names.count(name) > 1 for name in ("__metadata__", "dtype", "shape", "data_offsets")):
             raise broken("a name stands twice in its header")
         return dict(pairs)
 
@@ -338,7 +341,9 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         raise broken(f"its header claims {header_size} bytes and the file has {size}")
     try:
         header = json.loads(data[8 : 8 + header_size].decode("utf-8"), object_pairs_hook=unique)
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None)
+        if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
+            raise ValueError("__metadata__ must be names and texts")
         spans = sorted((*entry["data_offsets"], name) for name, entry in header.items())
         if any([type(part) for part in span] != [int, int, str] for span in spans):
             raise ValueError("data_offsets must be two whole numbers")
@@ -357,7 +362,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
             raise broken(f"tensor {name!r} has the shape {shape!r}")
         if begin != start or end < begin or end > end_of_data:
             raise broken(f"tensor {name!r} lies at {begin}..{end}, but {start}..{end_of_data} is what is left")
-        if math.prod(max(n, 1) for n in shape) >= 2**60:  # 0 x 2^70: empty, but more than torch can count
+        if any(count >= 2**64 for count in itertools.accumulate(shape, operator.mul)):  # 2^70 x 0: empty, but more than can be counted
             raise broken(f"tensor {name!r} has the shape {shape!r}")
         numel = math.prod(shape)
         if numel * DTYPES[dtype].itemsize != end - begin:
@@ -368,7 +373,10 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
             flat = flat.clone() if flat.data_ptr() % DTYPES[dtype].itemsize else flat
             tensors[name] = flat.view(DTYPES[dtype]).view(shape)
         else:
-            tensors[name] = torch.empty(shape, dtype=DTYPES[dtype])
+            try:
+                tensors[name] = torch.empty(0, dtype=DTYPES[dtype]).reshape(shape)
+            except (RuntimeError, TypeError):  # torch counts to 2^63
+                raise broken(f"tensor {name!r} has the shape {shape!r}") from None
         start = end
     if start != end_of_data:
         raise broken(f"{end_of_data - start} bytes at its end belong to no tensor")

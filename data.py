@@ -206,6 +206,10 @@ class TokenizedSentences:
     def __len__(self) -> int:
         return (len(self.starts) - 1) // self.columns
 
+    def checksum(self) -> int:
+        """Of every id and where sentences end: whether these are the sentences that a run began with."""
+        return zlib.crc32(self.ids, zlib.crc32(self.starts))
+
     def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Shapes: rows (B,) -> ids (B*V, T) int64, mask (B*V, T) bool; T is the longest of these rows (SPEC 1.3)."""
         at = (rows[:, None] * self.columns + np.arange(self.views) % self.columns).reshape(-1)  # (B*V,)

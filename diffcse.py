@@ -2,6 +2,7 @@
 
     python diffcse.py --config demo         # a few minutes on a laptop, nothing downloaded
     python diffcse.py --config bert_sts     # the paper's model (wants a GPU)
+    python diffcse.py --resume runs/demo-1  # go on with a run that was stopped, to the same end
     python diffcse.py -h                    # every field of Config is a flag
 
 One training step, in the order of this file:
@@ -17,7 +18,7 @@ Afterwards only f is kept, and a sentence's vector is f's [CLS] before the proje
 Letters: B sentences, V views of each, R = B*V rows, T tokens with padding, D hidden size, lam the paper's lambda.
 Reference: Chuang et al., NAACL 2022. SPEC sections in brackets describe the published code: where it differs from
 the paper the default is the code, and one switch of Config gives the paper's reading.
-Not here: several GPUs, gradient accumulation (in-batch negatives do not accumulate), resuming a run.
+Not here: several GPUs, gradient accumulation (in-batch negatives do not accumulate).
 """
 
 import argparse
@@ -32,7 +33,9 @@ import shlex
 import sys
 import time
 import typing
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -50,6 +53,7 @@ from data import (TokenizedSentences, Tokenizer, epoch_order, find_model, find_s
 from embed import (MAX_LENGTH, POOLINGS, RUN_CONFIG, DiffCSE, Opened, check_pooling, encode,  # noqa: F401  (`from diffcse import
                    model_card, save_model)  # fmt: skip  DiffCSE` is how the tool is reached)
 from eval_sts import TEST_SETS, average, format_table, load_set, read_pairs, score_pairs
+from run import STATE, Stop, load_state, locked, new_folder, save_state
 
 # ----------------------------------------------------------------------------------------------------------------
 # Configuration. The comments are the text of -h
@@ -65,6 +69,7 @@ class Config:
     score: str = "stsb"  # what chooses the best checkpoint: stsb (dev: and the test sets stay shut), docs: finding documentation, or your own pairs: a .tsv or .csv
     dtype: Literal["fp32", "fp16"] = "fp32"  # of the best model's file; fp16 halves it
     out_dir: str = ""  # folder for the best model, config.json, log.jsonl and results.json (default: runs/NAME-1, -2, ...)
+    resume: str = ""  # folder of a run that was stopped: goes on with it to the same end, by its own config
     seed: int = 42  # decides all that is random
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: on cuda bf16, or fp16 where the card has no bf16. A CPU with AVX512-BF16 gains by bf16
@@ -100,6 +105,7 @@ class Config:
     pooling: Literal[POOLINGS] = "cls_before_pooler"  # the vector that is scored; training always uses [CLS]
     eval_every: int = 125  # steps between two scores; the best is kept
     log_every: int = 100  # steps between two lines of log.jsonl
+    save_minutes: float = 5.0  # what a crash may cost: how often the state of the run is saved (0: at every step)
 
     def check(self) -> "Config":
         """Itself, if every number makes sense. Raises: UserError that names the field."""
@@ -112,6 +118,7 @@ class Config:
             "hard_negative_weight": (math.isfinite(self.hard_negative_weight), "a finite number"),
             "seed": (0 <= self.seed < 1 << 63, "0 or above, below 2^63"),
             "steps": (self.steps is None or self.steps >= 1, "at least 1"),
+            "save_minutes": (self.save_minutes >= 0, "0 or above"),
             "score": (self.score in ("stsb", "dev", "docs") or self.score.endswith((".tsv", ".csv")), "stsb, dev, docs, or a .tsv or .csv of rated pairs"),
         }
         for name in ("epochs", "eval_every", "log_every"):
@@ -149,6 +156,9 @@ PRESETS = {
     "demo": Config(model="assets/small-bert", generator="assets/small-bert", train_file="docs", score="docs",
                    steps=60, lr=3e-5, temperature=0.02, eval_every=10, log_every=10),
 }  # fmt: skip
+
+
+MAY_CHANGE = ("resume", "data", "device", "log_every", "eval_every", "save_minutes")  # when a run is resumed; not what it computes
 
 
 def field_help() -> dict[str, str]:
@@ -228,11 +238,22 @@ def parse_args(argv: list[str]) -> tuple[str, Config]:
         close = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
         hint = f"; did you mean {close[0]}?" if close else ";"
         raise UserError(f"unknown flag {unknown[0]}{hint} the flags are {', '.join(sorted(flags))}")
-    if args.config is None:
-        raise UserError(f"--config is missing: try --config demo, or one of {', '.join(PRESETS)}, or a saved config.json")
     changed = {name: parse_field(name, value) for name, value in vars(args).items() if name != "config"}
-    name = "run" if args.config.endswith(".json") else args.config
-    return name, replace(load_preset(args.config), **changed).check()
+    folder = Path(changed.get("resume", ""))
+    saved = str(folder / "config.json") if changed.get("resume") else None
+    if saved and not os.path.isfile(saved):
+        raise UserError(f"--resume {folder}: there is no run in it" + (", it can be the --out-dir of a new one" if folder.is_dir() else ""))
+    if args.config is None and saved is None:
+        raise UserError(f"--config is missing: try --config demo, or one of {', '.join(PRESETS)}, or a saved config.json")
+    name = args.config or saved
+    cfg = replace(load_preset(name), **changed).check()
+    if saved:
+        old = load_preset(saved)
+        other = [f"{f.name} is {getattr(old, f.name)!r} there and {getattr(cfg, f.name)!r} here" for f in fields(Config)
+                 if f.name not in MAY_CHANGE and getattr(old, f.name) != getattr(cfg, f.name)]  # fmt: skip
+        if other:
+            raise UserError(f"--resume {folder}: {'; '.join(other)}. A run goes on as it began; {', '.join(MAY_CHANGE[1:])} may change")
+    return "run" if name.endswith(".json") else name, cfg
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -461,25 +482,6 @@ def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype | None]:
     return torch.device(name), torch.bfloat16 if bf16 else torch.float16
 
 
-def new_run_folder(cfg: Config, name: str) -> Path:
-    """An empty folder for this run. A folder that holds a run is never written over: UserError."""
-    if cfg.out_dir:
-        folder = Path(os.path.expanduser(cfg.out_dir))
-        if str(folder).startswith("~"):
-            raise UserError(f"--out-dir {folder}: there is no such user")
-    else:
-        number = 1
-        while (folder := Path("runs") / f"{name}-{number}").exists():
-            number += 1
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"--out-dir {folder} is there already and not an empty folder; name another, or delete it")
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out-dir {folder} cannot be made: {error.strerror}") from None
-    return folder
-
-
 def about(name: str, cfg: Config, step: int, scores: dict[str, dict[str, float]], depends_on: dict) -> str:
     """What the best model's card says of its run: command, scores (a column for each of the dict), machine."""
     rows = ["| x 100 | " + " | ".join(scores) + " |", "|---" * (len(scores) + 1) + "|"]
@@ -492,8 +494,9 @@ def about(name: str, cfg: Config, step: int, scores: dict[str, dict[str, float]]
 
 def summarise(window: list[dict[str, Tensor]]) -> dict[str, float | None]:
     """One line of the log: means over the steps since the last, and ratios of their counts. Waits for the GPU once."""
-    values = torch.stack([torch.stack([value.float() for value in sums.values()]) for sums in window])  # (steps, names)
-    row = dict(zip(window[0], values.cpu().double().mean(0).tolist()))
+    names = list(window[-1])  # those of a resumed window stand in another order
+    values = torch.stack([torch.stack([sums[name].float() for name in names]) for sums in window])  # (steps, names)
+    row = dict(zip(names, values.cpu().double().mean(0).tolist()))
     if "tokens" in row:
         tokens, replaced, kept, replaced_right, kept_right = (
             row.pop(name) for name in ("tokens", "replaced", "kept", "replaced_right", "kept_right"))  # fmt: skip
@@ -503,8 +506,58 @@ def summarise(window: list[dict[str, Tensor]]) -> dict[str, float | None]:
     return {name: round(value, 6) if math.isfinite(value) else None for name, value in row.items()}  # JSON has no NaN
 
 
+def check_finite(window: list[dict[str, Tensor]], step: int, scaler: torch.amp.GradScaler, kept: str) -> None:
+    """Raises: UserError that names the step and the loss where one of the steps since the last check is not a number. Waits for the GPU.
+
+    step: that of the window's last. In fp16 an overflow is a step that the scaler skips; there a run is broken that skips them all.
+    """
+    advice = f"training stopped; {kept}. Try a lower --lr, or --amp off"
+    if scaler.is_enabled():
+        if scaler.get_scale() < 1:
+            raise UserError(f"fp16 overflows at every step up to {step}, at any scale: {advice}")
+        return
+    for i, sums in enumerate(window, step - len(window) + 1):
+        if broken := [name for name in ("contrastive", "replaced_token", "grad_norm") if name in sums and not sums[name].isfinite()]:
+            what = {"contrastive": "the contrastive loss", "replaced_token": "the replaced-token loss", "grad_norm": "the gradient"}[broken[0]]
+            raise UserError(f"{what} is not a number at step {i}: {advice}")
+
+
+def state_of(model: TrainingModel, optimizer: torch.optim.Optimizer, window: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """All tensors that the rest of a run depends on. Not the generator: it stays as its folder has it.
+
+    Python's and numpy's random numbers are not used; batches and masks are functions of (seed, epoch) and (seed, step).
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items() if not name.startswith("generator.")}
+    for i, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
+    tensors["rng.cpu"] = torch.get_rng_state()  # of dropout
+    if torch.cuda.is_initialized():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    return tensors | {f"window.{name}": torch.stack([sums[name].float() for sums in window]) for name in (window[0] if window else ())}
+
+
+def restore(tensors: dict[str, Tensor], model: TrainingModel, optimizer: torch.optim.Optimizer, device: torch.device) -> list[dict[str, Tensor]]:
+    """What state_of has told, put back. Returns the window."""
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "rng": {}, "window": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensor
+    generator = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("generator.")}
+    model.load_state_dict(parts["model"] | generator)
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in parts["optimizer"].items():
+        i, _, kind = name.partition(".")
+        moments.setdefault(int(i), {})[kind] = tensor
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(parts["rng"]["cpu"])
+    if "cuda" in parts["rng"] and device.type == "cuda":
+        torch.cuda.set_rng_state(parts["rng"]["cuda"])
+    window = {name: tensor.to(device) for name, tensor in parts["window"].items()}
+    return [dict(zip(window, row)) for row in zip(*window.values())]
+
+
 def train(cfg: Config, name: str = "run") -> dict:
-    """A whole run, from the pretrained model to results.json. Returns what results.json holds."""
+    """A whole run, from the pretrained model to results.json, or the rest of one (cfg.resume). Returns what results.json holds."""
     started = time.time()
     device, amp = pick_device(cfg)
     torch.manual_seed(cfg.seed)  # projector, head and dropout flow from it; batches and masks from (seed, epoch or step)
@@ -524,112 +577,141 @@ def train(cfg: Config, name: str = "run") -> dict:
     if len(sentences) < cfg.batch_size:
         print(f"note: {cfg.train_file} has {len(sentences)} sentences, fewer than --batch-size {cfg.batch_size}: "
               "each step takes all of them", file=sys.stderr)  # fmt: skip
-    out = new_run_folder(cfg, name)
-    settings = json.dumps(asdict(replace(cfg, out_dir="")), indent=2) + "\n"
-    write_atomically(out / "config.json", settings)
+    model.to(device).train()
+    with locked(Path(cfg.resume)) if cfg.resume else new_folder(cfg.out_dir, name) as out:
+        results, rows = fit(cfg, name, out, model, score, sentences, amp, started)
+    print("\n" + score.report(rows))
+    if results["dev_best"] <= results["dev_before"]:
+        print(f"training did not beat its start on {score.name}: {results['dev_before']:.2f} before, {results['dev_best']:.2f} at best")
+    if cfg.score == "docs":
+        print("\n" + docs.answer_questions(partial(encode, model.encoder, tokenizer, pooling=cfg.pooling)))
+    print(f"\n{results['minutes']:.1f} minutes. The model of step {results['best_step']} is in {out / 'best'}, the numbers in {out}/results.json")
+    return results
+
+
+def fit(cfg: Config, name: str, out: Path, model: TrainingModel, score, sentences: TokenizedSentences, amp: torch.dtype | None,
+        started: float) -> tuple[dict, dict[str, dict[str, float]]]:  # fmt: skip
+    """The steps, in the run's folder `out`, from the first one or from where its state says. Returns results.json and its table's rows."""
+    tokenizer, device = model.tokenizer, model.encoder.device
+    settings = json.dumps(asdict(replace(cfg, out_dir="", resume="")), indent=2) + "\n"
+    tensors, facts = load_state(out) or ({}, {})
+    if (out / "results.json").is_file():
+        raise UserError(f"{out} holds a run that has ended: its results.json is there")
+    facts = {"name": name, "command": shlex.join(["python", *sys.argv]), "text": sentences.checksum(), "seconds": 0.0, **facts}
+    if facts["text"] != sentences.checksum():
+        raise UserError(f"{out}: the sentences of {cfg.train_file} are not those that this run began with: it could not come to the same end")
+    if not cfg.resume:
+        write_atomically(out / "config.json", settings)
+    save_state(out, tensors, facts)
 
     steps_per_epoch = math.ceil(len(sentences) / cfg.batch_size)
     total = cfg.steps or cfg.epochs * steps_per_epoch
-    print(f"{name}: {len(sentences):,} sentences, {total:,} steps of {cfg.batch_size} on {device.type}"
-          f" ({str(amp).removeprefix('torch.') if amp else 'fp32'}), seed {cfg.seed}, into {out}")  # fmt: skip
+    print(f"{facts['name']}: {len(sentences):,} sentences, {total:,} steps of {cfg.batch_size} on {device.type}"
+          f" ({str(amp).removeprefix('torch.') if amp else 'fp32'}), seed {cfg.seed}, into {out}"
+          + f", from step {facts.get('step', 0)} on" * bool(cfg.resume))  # fmt: skip
 
-    model.to(device).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.9, 0.999),
                                   eps=1e-8, weight_decay=0.0, fused=device.type == "cuda")  # fmt: skip
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    best_model = Opened(model.encoder, tokenizer, cfg.pooling, min(MAX_LENGTH, model.encoder.max_length))
 
     def encoder(texts: list[str], pooling: str = cfg.pooling) -> np.ndarray:
         return encode(model.encoder, tokenizer, texts, pooling)
 
-    log = open(out / "log.jsonl", "w", encoding="utf-8")
-    bar = tqdm(total=total * cfg.batch_size, unit=" sentences", unit_scale=True, disable=None)
-
-    def note(**row) -> None:
-        log.write(json.dumps({"seconds": round(time.time() - started, 1), **row}) + "\n")
-        log.flush()
-
     def card(scores: dict[str, dict[str, float]]) -> str:
         base_model = "" if local_folder(cfg.model) else cfg.model.partition("@")[0]
-        return model_card(out.name, best_model, about(name, cfg, best_step, scores, machine(device)), base_model)
+        return model_card(out.name, best_model, about(facts["name"], cfg, facts["best_step"], scores, machine(device)), base_model)
 
-    best_model = Opened(model.encoder, tokenizer, cfg.pooling, min(MAX_LENGTH, model.encoder.max_length))
-    before = score.test(encoder)
-    first_last = score.test(lambda texts: encoder(texts, "avg_first_last"))  # the usual floor of Table 1
-    first = score.dev(encoder)
-    note(step=0, **first)
-    bar.write(f"step {0:>6}  {score.name}: {first['score']:.2f} (before training)")
+    def seconds() -> float:
+        return round(facts["seconds"] + time.time() - started, 1)
 
-    best, best_step, step = -math.inf, 0, 0
-    window, since, bad_step = [], time.time(), torch.full((), -1, device=device)
-    while step < total:
-        for chosen in epoch_order(len(sentences), cfg.batch_size, cfg.seed, step // steps_per_epoch):
-            x, mask = sentences.batch(chosen)
-            seed_of_step = int(np.random.SeedSequence([cfg.seed, step, 1]).generate_state(1)[0])
-            random = torch.Generator().manual_seed(seed_of_step)
-            x_masked, selected = mask_tokens(x, tokenizer, cfg.mask_ratio, cfg.mask, random)
-            batch = (x, mask, x_masked, selected)
-            if device.type == "cuda":  # pinned memory: the copy runs beside the last step's work
-                batch = tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
-            else:
-                batch = tuple(t.to(device) for t in batch)
-            lr = cfg.lr * (total - step) / total
-            sums = train_step(model, optimizer, scaler, batch, sentences.views, lr, amp)
-            step += 1
-            window.append(sums)
-            # The first step with a broken loss is kept on the device and asked for at the next line of the log.
-            bad_step = torch.where((bad_step < 0) & ~sums["loss"].isfinite(), step, bad_step)
-            bar.update(cfg.batch_size)
+    def note(**row) -> None:
+        log.write((json.dumps({"seconds": seconds(), **row}) + "\n").encode())
+        log.flush()
 
-            log_now = step % cfg.log_every == 0 or step in (1, total)
-            eval_now = step % cfg.eval_every == 0 or step == total
-            if not (log_now or eval_now):
-                continue
-            kept = f"{out / 'best'} holds the model of step {best_step}" if best_step else "no model had been kept yet"
-            if int(bad_step) >= 0:
-                raise UserError(f"the loss is not a number at step {int(bad_step)}: training stopped; {kept}. "
-                                "Try a lower --lr, or --amp off")  # fmt: skip
-            if log_now:
-                row = summarise(window)
-                speed = len(window) * cfg.batch_size / (time.time() - since)
-                note(step=step, lr=lr, sentences_per_second=round(speed, 1), **row)
-                bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
-                window, since = [], time.time()
-            if eval_now:
+    with open(out / "log.jsonl", "ab") as log, ExitStack() as stack:
+        log.truncate(facts.get("log", 0))  # lines of steps that are made once more
+        window: list[dict[str, Tensor]] = []  # what train_step returned since the last line of the log
+        bar = tqdm(total=total * cfg.batch_size, initial=facts.get("step", 0) * cfg.batch_size, unit=" sentences", unit_scale=True, disable=None)
+        if "step" in facts:
+            window = restore(tensors, model, optimizer, device)
+            scaler.load_state_dict(facts["scaler"])
+        else:
+            facts |= {"before": score.test(encoder), "step": 0, "best": -math.inf, "best_step": 0}
+            facts["first_last"] = score.test(lambda texts: encoder(texts, "avg_first_last"))  # the usual floor of Table 1
+            facts["first"] = score.dev(encoder)
+            note(step=0, **facts["first"])
+            bar.write(f"step {0:>6}  {score.name}: {facts['first']['score']:.2f} (before training)")
+        stop = stack.enter_context(Stop())  # from here on there is something to save
+        tensors, saved, since, timed = {}, time.time(), time.time(), 0  # timed: how many of the window's steps this process made
+        while (step := facts["step"]) < total:
+            for chosen in epoch_order(len(sentences), cfg.batch_size, cfg.seed, step // steps_per_epoch)[step % steps_per_epoch :]:
+                x, mask = sentences.batch(chosen)
+                seed_of_step = int(np.random.SeedSequence([cfg.seed, step, 1]).generate_state(1)[0])
+                random = torch.Generator().manual_seed(seed_of_step)
+                x_masked, selected = mask_tokens(x, tokenizer, cfg.mask_ratio, cfg.mask, random)
+                batch = (x, mask, x_masked, selected)
+                if device.type == "cuda":  # pinned memory: the copy runs beside the last step's work
+                    batch = tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
+                else:
+                    batch = tuple(t.to(device) for t in batch)
+                lr = cfg.lr * (total - step) / total
+                window.append(train_step(model, optimizer, scaler, batch, sentences.views, lr, amp))
+                facts["step"] = step = step + 1
+                timed += 1
+                bar.update(cfg.batch_size)
+
+                log_now = step % cfg.log_every == 0 or step in (1, total)
+                eval_now = step % cfg.eval_every == 0 or step == total
+                save_now = stop.signal or step == total or time.time() - saved >= 60 * cfg.save_minutes
+                if not (log_now or eval_now or save_now):
+                    continue
+                kept = f"{out / 'best'} holds the model of step {facts['best_step']}" if facts["best_step"] else "no model had been kept yet"
+                check_finite(window, step, scaler, kept)
+                if log_now:
+                    row = summarise(window)
+                    speed = timed * cfg.batch_size / (time.time() - since)
+                    note(step=step, lr=lr, sentences_per_second=round(speed, 1), **row)
+                    bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
+                    window, since, timed = [], time.time(), 0
                 scoring = time.time()
-                try:
-                    scores = score.dev(encoder)
-                except UserError as error:  # vectors that cannot be ranked
-                    raise UserError(f"step {step}: {error}; {kept}") from None
-                note(step=step, **scores)
-                better = scores["score"] > best  # strictly (SPEC 6)
-                bar.write(f"step {step:>6}  {score.name}: {scores['score']:.2f}" + " (best so far)" * better)
-                if better:
-                    best, best_step = scores["score"], step
-                    save_model(best_model, out / "best", card({"before": first, "after": scores}), cfg.dtype)
-                    write_atomically(out / "best" / RUN_CONFIG, settings)
-                since += time.time() - scoring  # scoring is no training
-            if step == total:
-                break
-    bar.close()
-    log.close()
+                if eval_now:
+                    try:
+                        scores = score.dev(encoder)
+                    except UserError as error:  # vectors that cannot be ranked
+                        raise UserError(f"step {step}: {error}; {kept}") from None
+                    note(step=step, **scores)
+                    better = scores["score"] > facts["best"]  # strictly (SPEC 6)
+                    bar.write(f"step {step:>6}  {score.name}: {scores['score']:.2f}" + " (best so far)" * better)
+                    if better:
+                        facts |= {"best": scores["score"], "best_step": step}
+                        save_model(best_model, out / "best", card({"before": facts["first"], "after": scores}), cfg.dtype)
+                        write_atomically(out / "best" / RUN_CONFIG, settings)
+                if save_now:
+                    os.fsync(log.fileno())  # what the state counts on
+                    save_state(out, state_of(model, optimizer, window),
+                               facts | {"seconds": seconds(), "log": log.tell(), "scaler": scaler.state_dict()})  # fmt: skip
+                    saved = time.time()
+                since += time.time() - scoring  # neither is training
+                if stop.signal:
+                    bar.close()
+                    print(f"stopped after step {step} of {total}. To go on: python diffcse.py --resume {shlex.quote(str(out))}", file=sys.stderr)
+                    sys.exit(128 + stop.signal)
+                if step == total:
+                    break
+        bar.close()
 
     model.encoder.load_state_dict(load_bert(out / "best").state_dict())
-    after = score.test(encoder)
-    rows = {"before": before, "before, first-last average": first_last, "after": after}
+    rows = {"before": facts["before"], "before, first-last average": facts["first_last"], "after": score.test(encoder)}
     write_atomically(out / "best" / "README.md", card(rows))
     results = {
-        "config": name, "seed": cfg.seed, "before": before, "before_first_last": first_last, "after": after,
-        "dev_before": first["score"], "dev_best": best, "best_step": best_step, "steps": total,
-        "minutes": round((time.time() - started) / 60, 2), "command": shlex.join(["python", *sys.argv]), "machine": machine(device),
+        "config": facts["name"], "seed": cfg.seed, "before": facts["before"], "before_first_last": facts["first_last"], "after": rows["after"],
+        "dev_before": facts["first"]["score"], "dev_best": facts["best"], "best_step": facts["best_step"], "steps": total,
+        "minutes": round(seconds() / 60, 2), "command": facts["command"], "machine": machine(device),
     }  # fmt: skip
     write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
-    print("\n" + score.report(rows))
-    if best <= first["score"]:
-        print(f"training did not beat its start on {score.name}: {first['score']:.2f} before, {best:.2f} at best")
-    if cfg.score == "docs":
-        print("\n" + docs.answer_questions(encoder))
-    print(f"\n{results['minutes']:.1f} minutes. The model of step {best_step} is in {out / 'best'}, the numbers in {out}/results.json")
-    return results
+    (out / STATE).unlink()
+    return results, rows
 
 
 def machine(device: torch.device) -> dict[str, str | int]:

@@ -441,7 +441,7 @@ def test_a_mistake_is_one_line_and_exit_code_2():
 
 
 def test_imports_go_one_way_and_need_nothing_else():
-    order = ["bert", "data", "embed", "eval_sts", "eval_transfer", "docs", "diffcse"]
+    order = ["bert", "data", "embed", "eval_sts", "eval_transfer", "docs", "run", "diffcse"]
     outside = {"torch", "numpy", "tokenizers", "huggingface_hub", "tqdm"}
     lab = sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in (ROOT / "lab").glob("*.py"))  # sees all of the core
     for i, name in enumerate(order + lab):
