@@ -325,9 +325,8 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     def broken(what: str) -> UserError:
         return UserError(f"{path}: not a whole safetensors file: {what}; copy or download it again")
 
-    def unique(pairs: list) -> dict:  # of a tensor listed twice the library takes the last; the first one's bytes are then nobody's
-        names = [name for name, _ in pairs]
-        if any(names.count(name) > 1 for name in ("__metadata__", "dtype", "shape", "data_offsets")):
+    def unique(pairs: list) -> dict:  # the library takes a tensor's last entry; two readers that differ on a file are how files deceive
+        if len(pairs) != len({name for name, _ in pairs}):
             raise broken("a name stands twice in its header")
         return dict(pairs)
 

@@ -23,6 +23,7 @@ Not here: several GPUs, gradient accumulation (in-batch negatives do not accumul
 
 import argparse
 import difflib
+import errno
 import inspect
 import json
 import math
@@ -579,7 +580,10 @@ def train(cfg: Config, name: str = "run") -> dict:
               "each step takes all of them", file=sys.stderr)  # fmt: skip
     model.to(device).train()
     with locked(Path(cfg.resume)) if cfg.resume else new_folder(cfg.out_dir, name) as out:
-        results, rows = fit(cfg, name, out, model, score, sentences, amp, started)
+        try:
+            results, rows = fit(cfg, name, out, model, score, sentences, amp, started)
+        except OSError as error:  # of the log; other files say more themselves
+            raise UserError(f"{out} cannot be written to any more: {error.strerror}. When it can: python diffcse.py --resume {out}") from None
     print("\n" + score.report(rows))
     if results["dev_best"] <= results["dev_before"]:
         print(f"training did not beat its start on {score.name}: {results['dev_before']:.2f} before, {results['dev_best']:.2f} at best")
@@ -626,10 +630,13 @@ def fit(cfg: Config, name: str, out: Path, model: TrainingModel, score, sentence
         return round(facts["seconds"] + time.time() - started, 1)
 
     def note(**row) -> None:
-        log.write((json.dumps({"seconds": seconds(), **row}) + "\n").encode())
-        log.flush()
+        if not os.fstat(log.fileno()).st_nlink:  # a run without its log and config is none
+            raise UserError(f"{out} was deleted while the run wrote to it: training stopped")
+        line = (json.dumps({"seconds": seconds(), **row}) + "\n").encode()
+        if log.write(line) < len(line):
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    with open(out / "log.jsonl", "ab") as log, ExitStack() as stack:
+    with open(out / "log.jsonl", "ab", buffering=0) as log, ExitStack() as stack:
         log.truncate(facts.get("log", 0))  # lines of steps that are made once more
         window: list[dict[str, Tensor]] = []  # what train_step returned since the last line of the log
         bar = tqdm(total=total * cfg.batch_size, initial=facts.get("step", 0) * cfg.batch_size, unit=" sentences", unit_scale=True, disable=None)

@@ -44,14 +44,20 @@ def locked(folder: Path) -> Iterator[Path]:
 
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
+                    raise BlockingIOError  # its last holder has just removed it, and another may hold a new one
             except OSError:
                 file.seek(0)
                 raise UserError(f"{folder} is in use by another run (process {file.read().strip() or 'unknown'}): "
                                 "wait for it, or name another --out-dir") from None  # fmt: skip
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield folder
+        with contextlib.suppress(OSError):  # on a full disk others are not told who holds it
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), str(os.getpid()).encode())
+        try:
+            yield folder
+        finally:
+            with contextlib.suppress(OSError):
+                (folder / LOCK).unlink()
 
 
 @contextlib.contextmanager
@@ -63,7 +69,7 @@ def new_folder(out_dir: str, name: str) -> Iterator[Path]:
             if str(folder).startswith("~"):
                 raise UserError(f"--out-dir {folder}: there is no such user")
             if folder.exists() and not folder.is_dir():
-                raise UserError(f"--out-dir {folder} is there already and not a folder; name another")
+                raise UserError(f"--out-dir {folder} is there already and not an empty folder; name another")
             folder.mkdir(parents=True, exist_ok=True)
         else:
             number = 1

@@ -1,5 +1,7 @@
 """Damaged safetensors files, read by us and by the safetensors library: the same accepted, equal tensors, for the rest one UserError each.
 
+But one kind: a header with a name twice, of which the library takes the last, is refused here and counted by itself.
+
     python tests/test_fuzz.py [--files 100000] [--seed 0] [--json results/fuzz.json]     # the long one; pytest runs a short one
 """
 
@@ -104,7 +106,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def fuzz(files: int, seed: int, folder: Path) -> dict:
     """Raises: AssertionError with the file's bytes for the first that the two do not take alike."""
-    r, path, counts = random.Random(seed), folder / "fuzzed.safetensors", {"accepted": 0, "refused": 0}
+    r, path, counts = random.Random(seed), folder / "fuzzed.safetensors", {"accepted": 0, "refused": 0, "refused_for_a_name_twice_alone": 0}
     seeds = whole_files(r)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for i in range(files):
@@ -120,6 +122,9 @@ def fuzz(files: int, seed: int, folder: Path) -> dict:
         except UserError as error:
             assert "\n" not in str(error) and str(path) in str(error), (i, str(error))
             ours = None
+            if theirs is not None and "a name stands twice" in str(error):
+                counts["refused_for_a_name_twice_alone"] += 1
+                continue
         assert (ours is None) == (theirs is None), (i, "ours took it" if theirs is None else "ours refused it", data)
         assert ours is None or same(ours, theirs), (i, data)
         counts["refused" if ours is None else "accepted"] += 1

@@ -1,9 +1,11 @@
 """run.py and resuming: an interrupted run ends as an uninterrupted one, bit for bit; stopping, locks, full disks, losses that are no numbers."""
 
+import dataclasses
 import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -217,6 +219,38 @@ def test_a_full_disk_is_one_line_and_the_old_state_stays(run, tmp_path, monkeypa
     assert not list(out.glob("*.tmp")) and not list(out.glob(".*.tmp"))
     run(resume=str(out))
     assert outcome(out) == outcome(tmp_path / "whole") and same_weights(out, tmp_path / "whole")
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
+    """/dev/full, as a log: no traceback from the write, nor from the close."""
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "log.jsonl").symlink_to("/dev/full")
+    words = tmp_path / "text.txt"
+    words.write_text("".join(f"the cat number {i}\n" for i in range(40)))
+    (tmp_path / "pairs.tsv").write_text("a\tb\tc\n" + "".join(f"cat {i}\tdog {i * i}\t{i}\n" for i in range(9)))
+    (out / "config.json").write_text(json.dumps(dataclasses.asdict(Config(
+        model="assets/small-bert", generator="assets/small-bert", train_file=str(words), score=str(tmp_path / "pairs.tsv"), steps=2, batch_size=4))))  # fmt: skip
+    done = subprocess.run([sys.executable, str(ROOT / "diffcse.py"), "--resume", str(out)], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+    assert f"{out} cannot be written to any more: " in done.stderr and f"When it can: python diffcse.py --resume {out}" in done.stderr
+
+
+def test_a_folder_that_is_deleted_stops_the_run(run, tmp_path, monkeypatch):  # noqa: F811
+    real, made = diffcse.train_step, []
+
+    def train_step(*args):
+        made.append(0)
+        if len(made) == 3:
+            shutil.rmtree(tmp_path / "out")
+        return real(*args)
+
+    monkeypatch.setattr(diffcse, "train_step", train_step)
+    with pytest.raises(UserError, match="out was deleted while the run wrote to it: training stopped"):
+        run()
+    assert len(made) == 3 and not (tmp_path / "out").exists()
 
 
 def test_two_runs_in_one_folder_the_second_is_refused_and_a_dead_one_holds_nothing(tmp_path):
