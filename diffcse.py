@@ -483,13 +483,13 @@ def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype | None]:
     return torch.device(name), torch.bfloat16 if bf16 else torch.float16
 
 
-def about(name: str, cfg: Config, step: int, scores: dict[str, dict[str, float]], depends_on: dict) -> str:
+def about(facts: dict, cfg: Config, scores: dict[str, dict[str, float]], depends_on: dict) -> str:
     """What the best model's card says of its run: command, scores (a column for each of the dict), machine."""
     rows = ["| x 100 | " + " | ".join(scores) + " |", "|---" * (len(scores) + 1) + "|"]
     for key in scores["after"]:
         rows.append(f"| {key} | " + " | ".join(f"{column.get(key, math.nan):.2f}" for column in scores.values()) + " |")
-    return (f"Trained by DiffCSE (Chuang et al., NAACL 2022) from `{cfg.model}`, config `{name}`, seed {cfg.seed}; this is step {step}. "
-            f"`{RUN_CONFIG}` has every setting.\n\n    {shlex.join(['python', *sys.argv])}\n\n" + "\n".join(rows)
+    return (f"Trained by DiffCSE (Chuang et al., NAACL 2022) from `{cfg.model}`, config `{facts['name']}`, seed {cfg.seed}; this is step {facts['best_step']}. "
+            f"`{RUN_CONFIG}` has every setting.\n\n    {facts['command']}\n\n" + "\n".join(rows)
             + "\n\nWith " + ", ".join(f"{key} {value}" for key, value in depends_on.items()) + ".")  # fmt: skip
 
 
@@ -532,8 +532,8 @@ def state_of(model: TrainingModel, optimizer: torch.optim.Optimizer, window: lis
     for i, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
     tensors["rng.cpu"] = torch.get_rng_state()  # of dropout
-    if torch.cuda.is_initialized():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    if (device := model.encoder.device.type) != "cpu":
+        tensors[f"rng.{device}"] = torch.get_device_module(device).get_rng_state()
     return tensors | {f"window.{name}": torch.stack([sums[name].float() for sums in window]) for name in (window[0] if window else ())}
 
 
@@ -551,8 +551,8 @@ def restore(tensors: dict[str, Tensor], model: TrainingModel, optimizer: torch.o
         moments.setdefault(int(i), {})[kind] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(parts["rng"]["cpu"])
-    if "cuda" in parts["rng"] and device.type == "cuda":
-        torch.cuda.set_rng_state(parts["rng"]["cuda"])
+    if device.type != "cpu" and device.type in parts["rng"]:
+        torch.get_device_module(device).set_rng_state(parts["rng"][device.type])
     window = {name: tensor.to(device) for name, tensor in parts["window"].items()}
     return [dict(zip(window, row)) for row in zip(*window.values())]
 
@@ -583,7 +583,7 @@ def train(cfg: Config, name: str = "run") -> dict:
         try:
             results, rows = fit(cfg, name, out, model, score, sentences, amp, started)
         except OSError as error:  # of the log; other files say more themselves
-            raise UserError(f"{out} cannot be written to any more: {error.strerror}. When it can: python diffcse.py --resume {out}") from None
+            raise UserError(f"{out} cannot be written to any more: {error.strerror or error}. When it can: python diffcse.py --resume {out}") from None
     print("\n" + score.report(rows))
     if results["dev_best"] <= results["dev_before"]:
         print(f"training did not beat its start on {score.name}: {results['dev_before']:.2f} before, {results['dev_best']:.2f} at best")
@@ -606,7 +606,8 @@ def fit(cfg: Config, name: str, out: Path, model: TrainingModel, score, sentence
         raise UserError(f"{out}: the sentences of {cfg.train_file} are not those that this run began with: it could not come to the same end")
     if not cfg.resume:
         write_atomically(out / "config.json", settings)
-    save_state(out, tensors, facts)
+    if not tensors:
+        save_state(out, {}, facts)  # so that a run resumed from its very beginning has its name and command
 
     steps_per_epoch = math.ceil(len(sentences) / cfg.batch_size)
     total = cfg.steps or cfg.epochs * steps_per_epoch
@@ -624,7 +625,7 @@ def fit(cfg: Config, name: str, out: Path, model: TrainingModel, score, sentence
 
     def card(scores: dict[str, dict[str, float]]) -> str:
         base_model = "" if local_folder(cfg.model) else cfg.model.partition("@")[0]
-        return model_card(out.name, best_model, about(facts["name"], cfg, facts["best_step"], scores, machine(device)), base_model)
+        return model_card(out.name, best_model, about(facts, cfg, scores, machine(device)), base_model)
 
     def seconds() -> float:
         return round(facts["seconds"] + time.time() - started, 1)
