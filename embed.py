@@ -8,6 +8,7 @@
 
     python embed.py encode MODEL FILE --out vectors.npy
     python embed.py search MODEL FILE "a question"
+    python embed.py index MODEL FILE INDEX              # search takes it in place of FILE
     python embed.py similarity MODEL "a sentence" "another"
     python embed.py export MODEL FOLDER
 

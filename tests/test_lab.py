@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from bert import UserError
-from diffcse import Config
+from diffcse import Config, parse_args
 from eval_sts import TEST_SETS
 from lab import plots, reproduce
 
@@ -156,3 +158,33 @@ def test_bench_measures_a_large_index_and_says_what_is_missing(tmp_path, monkeyp
     (tmp_path / "empty.txt").touch()
     with pytest.raises(UserError, match="empty.txt: no sentences in it"):
         bench.read_text(str(tmp_path / "empty.txt"))
+
+
+def test_soak_reads_memory_and_open_files(tmp_path):
+    from lab import soak
+
+    if not Path("/proc/self/status").exists():
+        pytest.skip("reads Linux's /proc")
+    before = soak.look(os.getpid())
+    with open(tmp_path / "a", "w"), open(tmp_path / "b", "w"):
+        assert soak.look(os.getpid())["files"] == before["files"] + 2 and before["MB"] > 10
+
+
+def test_crash_compares_all_but_times(tmp_path):
+    """Equal but for times is equal; a score, a line of the log or a weight that differs is not."""
+    from bert import write_safetensors
+    from lab import crash
+
+    def folder(name: str, score: float, loss: float, weight: float, seconds: float) -> Path:
+        out = tmp_path / name
+        write_safetensors(out / "best" / "model.safetensors", {"w": torch.tensor([weight])})
+        (out / "log.jsonl").write_text(json.dumps({"step": 1, "loss": loss, "seconds": seconds, "sentences_per_second": seconds}) + "\n")
+        (out / "results.json").write_text(json.dumps({"after": score, "minutes": seconds, "command": name}))
+        return out
+
+    whole = crash.outcome(folder("a", 1.0, 2.0, 3.0, 4.0))
+    assert crash.outcome(folder("b", 1.0, 2.0, 3.0, 9.0)) == whole
+    for i, other in enumerate([(1.1, 2.0, 3.0, 4.0), (1.0, 2.1, 3.0, 4.0), (1.0, 2.0, 3.1, 4.0)]):
+        assert crash.outcome(folder(f"c{i}", *other)) != whole
+    flags = crash.make(tmp_path)
+    assert parse_args(flags)[1].save_minutes == 0 and len((tmp_path / "text.txt").read_text(encoding="utf-8").splitlines()) == 200
