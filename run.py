@@ -120,7 +120,8 @@ class Stop:
 
     def _note(self, number: int, frame) -> None:
         self.signal = number
-        self.__exit__()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # not what was before: a shell lets its background jobs ignore it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         print("\nstopping after this step; once more stops at once", file=sys.stderr, flush=True)
 
     def __exit__(self, *error) -> None:

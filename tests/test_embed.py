@@ -351,37 +351,49 @@ def test_keys_of_the_wrong_width_and_unknown_devices_are_refused(tool):
 # ---------------------------------------------------------------------------------------------------- command line
 
 
-def cli(*args, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / "embed.py"), *map(str, args)], capture_output=True, text=True, encoding="utf-8", **options)
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """cli("search", ...): what embed.py prints, with stdin as its standard input. Nothing but the results may be printed."""
+
+    def run(*args, stdin: str = "") -> str:
+        monkeypatch.setattr(sys, "argv", ["embed.py", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        embed.main()
+        printed = capsys.readouterr()
+        assert printed.err == ""
+        return printed.out
+
+    return run
 
 
-def test_the_command_line_encodes_searches_and_compares(tool, tmp_path):
+def test_the_command_line_encodes_searches_and_compares(tool, cli, tmp_path):
     """Files, pipes and typed questions; text and JSON lines; the same numbers as the class."""
     lines = ["the cat plays", "une fenêtre", "", "漢字 🙂", "a guitar"]
-    (tmp_path / "a.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text = "\n".join(lines)
+    (tmp_path / "a.txt").write_text(text + "\n", encoding="utf-8")
     expected = tool.encode(lines, return_numpy=True)
-    done = cli("encode", SMALL, tmp_path / "a.txt", "--out", tmp_path / "v.npy")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert cli("encode", SMALL, tmp_path / "a.txt", "--out", tmp_path / "v.npy") == ""
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-6)
-    done = cli("encode", SMALL, "-", "--no-normalize", input="\n".join(lines))
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row["sentence"] for row in rows] == lines and done.stderr == ""
+    rows = [json.loads(line) for line in cli("encode", SMALL, "-", "--no-normalize", stdin=text).splitlines()]
+    assert [row["sentence"] for row in rows] == lines
     np.testing.assert_allclose([row["vector"] for row in rows], tool.encode(lines, normalize_to_unit=False), atol=1e-5)
-
-    done = cli("similarity", SMALL, "a cat", "a dog", "une fenêtre")
-    assert done.stdout == "".join(f"{c:.4f}\n" for c in tool.similarity("a cat", ["a dog", "une fenêtre"]))
+    cosines = tool.similarity("a cat", ["a dog", "une fenêtre"])
+    assert cli("similarity", SMALL, "a cat", "a dog", "une fenêtre") == "".join(f"{c:.4f}\n" for c in cosines)
+    row = json.loads(cli("similarity", SMALL, "a cat", "a dog", "--json"))
+    assert (row["a"], row["b"]) == ("a cat", "a dog") and row["cosine"] == pytest.approx(float(cosines[0]), abs=1e-6)
 
     tool.build_index(lines)
     hits = tool.search("a cat", threshold=-1, top_k=3)
-    done = cli("search", SMALL, tmp_path / "a.txt", "a cat", "--top-k", 3)
-    assert done.stdout == "".join(f"{c:.4f}\t{s}\n" for s, c in hits) and done.stderr == ""
-    assert cli("search", SMALL, "-", "a cat", "--top-k", "3", input="\n".join(lines)).stdout == done.stdout
-    done = cli("index", SMALL, tmp_path / "a.txt", tmp_path / "a.safetensors", "--dtype", "fp16")
-    assert "5 sentences" in done.stdout
-    done = cli("search", SMALL, tmp_path / "a.safetensors", "--json", "--threshold", hits[1][1] - 0.01, input="a cat\n\n漢字 🙂\n")
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    found = "".join(f"{c:.4f}\t{s}\n" for s, c in hits)
+    assert cli("search", SMALL, tmp_path / "a.txt", "a cat", "--top-k", 3) == found
+    # Once as a process in a pipe, bytes in and out.
+    done = subprocess.run([sys.executable, str(ROOT / "embed.py"), "search", str(SMALL), "-", "a cat", "--top-k", "3"], input=text, capture_output=True, encoding="utf-8")
+    assert (done.returncode, done.stdout, done.stderr) == (0, found, "")
+    assert "5 sentences" in cli("index", SMALL, tmp_path / "a.txt", tmp_path / "a.safetensors", "--dtype", "fp16")
+    out = cli("search", SMALL, tmp_path / "a.safetensors", "--json", "--threshold", hits[1][1] - 0.01, stdin="a cat\n\n漢字 🙂\n")
+    rows = [json.loads(line) for line in out.splitlines()]
     assert [(row["question"], row["sentence"]) for row in rows][:3] == [("a cat", hits[0][0]), ("a cat", hits[1][0]), ("漢字 🙂", "漢字 🙂")]
-    assert rows[0]["cosine"] == pytest.approx(hits[0][1], abs=1e-3) and done.stderr == ""
+    assert rows[0]["cosine"] == pytest.approx(hits[0][1], abs=1e-3)
 
 
 @pytest.mark.parametrize("args, says", [

@@ -156,15 +156,14 @@ def test_train_evaluate_and_embed_by_name_cold_cached_and_offline(hub, at_hub, t
     ok(at_hub("diffcse.py", *TRAIN, "cold"))
     assert hub.downloaded() == sorted([*NEEDED, "config.json", "senteval.tar", "wiki1m_for_simcse.txt"])  # v1 differs in its config alone
     ok(at_hub("diffcse.py", *TRAIN, "cached"))
-    table = ok(at_hub("eval_sts.py", "org/small", "cached"))
-    vector = ok(at_hub("embed.py", "encode", "org/small", "-"))
     assert hub.downloaded() == []
+    vector = ok(at_hub("embed.py", "encode", "org/small", "-"))
     hub.down = True  # what is cached is used, too, where the Hub fails
     assert ok(at_hub("embed.py", "encode", "org/small", "-")) == vector
     hub.asked.clear()
     offline = {"HF_HUB_OFFLINE": "1"}
     ok(at_hub("diffcse.py", *TRAIN, "offline", **offline))
-    assert ok(at_hub("eval_sts.py", "org/small", "cached", **offline)) == table
+    assert "org/small (cls_before_pooler)" in ok(at_hub("eval_sts.py", "org/small", **offline))
     assert ok(at_hub("embed.py", "encode", "org/small@v1", "-", **offline)) == vector
     assert hub.asked == []
     results = [json.loads((tmp_path / "work" / run / "results.json").read_text()) for run in ("cold", "cached", "offline")]
