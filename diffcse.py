@@ -631,8 +631,6 @@ def fit(cfg: Config, name: str, out: Path, model: TrainingModel, score, sentence
         return round(facts["seconds"] + time.time() - started, 1)
 
     def note(**row) -> None:
-        if not os.fstat(log.fileno()).st_nlink:  # a run without its log and config is none
-            raise UserError(f"{out} was deleted while the run wrote to it: training stopped")
         line = (json.dumps({"seconds": seconds(), **row}) + "\n").encode()
         if log.write(line) < len(line):
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -674,6 +672,8 @@ def fit(cfg: Config, name: str, out: Path, model: TrainingModel, score, sentence
                 save_now = stop.signal or step == total or time.time() - saved >= 60 * cfg.save_minutes
                 if not (log_now or eval_now or save_now):
                     continue
+                if not os.fstat(log.fileno()).st_nlink:  # writing would make the folder anew, without its config and log
+                    raise UserError(f"{out} was deleted while the run wrote to it: training stopped")
                 kept = f"{out / 'best'} holds the model of step {facts['best_step']}" if facts["best_step"] else "no model had been kept yet"
                 check_finite(window, step, scaler, kept)
                 if log_now:

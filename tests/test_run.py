@@ -249,7 +249,7 @@ def test_a_folder_that_is_deleted_stops_the_run(run, tmp_path, monkeypatch):  # 
 
     monkeypatch.setattr(diffcse, "train_step", train_step)
     with pytest.raises(UserError, match="out was deleted while the run wrote to it: training stopped"):
-        run()
+        run(save_minutes=0)
     assert len(made) == 3 and not (tmp_path / "out").exists()
 
 
