@@ -54,7 +54,7 @@ from data import (TokenizedSentences, Tokenizer, epoch_order, find_model, find_s
 from embed import (MAX_LENGTH, POOLINGS, RUN_CONFIG, DiffCSE, Opened, check_pooling, encode,  # noqa: F401  (`from diffcse import
                    model_card, save_model)  # fmt: skip  DiffCSE` is how the tool is reached)
 from eval_sts import TEST_SETS, average, format_table, load_set, read_pairs, score_pairs
-from run import STATE, Stop, load_state, locked, new_folder, save_state
+from run import STATE, Stop, load_state, locked, new_folder, restore, save_state, state_of
 
 # ----------------------------------------------------------------------------------------------------------------
 # Configuration. The comments are the text of -h
@@ -523,40 +523,6 @@ def check_finite(window: list[dict[str, Tensor]], step: int, scaler: torch.amp.G
             raise UserError(f"{what} is not a number at step {i}: {advice}")
 
 
-def state_of(model: TrainingModel, optimizer: torch.optim.Optimizer, window: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """All tensors that the rest of a run depends on. Not the generator: it stays as its folder has it.
-
-    Python's and numpy's random numbers are not used; batches and masks are functions of (seed, epoch) and (seed, step).
-    """
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items() if not name.startswith("generator.")}
-    for i, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
-    tensors["rng.cpu"] = torch.get_rng_state()  # of dropout
-    if (device := model.encoder.device.type) != "cpu":
-        tensors[f"rng.{device}"] = torch.get_device_module(device).get_rng_state()
-    return tensors | {f"window.{name}": torch.stack([sums[name].float() for sums in window]) for name in (window[0] if window else ())}
-
-
-def restore(tensors: dict[str, Tensor], model: TrainingModel, optimizer: torch.optim.Optimizer, device: torch.device) -> list[dict[str, Tensor]]:
-    """What state_of has told, put back. Returns the window."""
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "rng": {}, "window": {}}
-    for name, tensor in tensors.items():
-        part, _, rest = name.partition(".")
-        parts[part][rest] = tensor
-    generator = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("generator.")}
-    model.load_state_dict(parts["model"] | generator)
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in parts["optimizer"].items():
-        i, _, kind = name.partition(".")
-        moments.setdefault(int(i), {})[kind] = tensor
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    torch.set_rng_state(parts["rng"]["cpu"])
-    if device.type != "cpu" and device.type in parts["rng"]:
-        torch.get_device_module(device).set_rng_state(parts["rng"][device.type])
-    window = {name: tensor.to(device) for name, tensor in parts["window"].items()}
-    return [dict(zip(window, row)) for row in zip(*window.values())]
-
-
 def train(cfg: Config, name: str = "run") -> dict:
     """A whole run, from the pretrained model to results.json, or the rest of one (cfg.resume). Returns what results.json holds."""
     started = time.time()
@@ -640,7 +606,7 @@ def fit(cfg: Config, name: str, out: Path, model: TrainingModel, score, sentence
         window: list[dict[str, Tensor]] = []  # what train_step returned since the last line of the log
         bar = tqdm(total=total * cfg.batch_size, initial=facts.get("step", 0) * cfg.batch_size, unit=" sentences", unit_scale=True, disable=None)
         if "step" in facts:
-            window = restore(tensors, model, optimizer, device)
+            window = restore(tensors, model, optimizer)
             scaler.load_state_dict(facts["scaler"])
         else:
             facts |= {"before": score.test(encoder), "step": 0, "best": -math.inf, "best_step": 0}

@@ -8,7 +8,7 @@
         results.json         written last: a run that has it is finished
 
 State is tensors and one JSON object in a safetensors file: nothing in it can run code, and it is mapped, not copied.
-Not here: what is in the state (diffcse.py).
+Not here: what else a run is made of (diffcse.py).
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from bert import UserError, read_safetensors, write_safetensors
@@ -105,6 +106,42 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict] | None:
         return tensors, json.loads(tensors.pop("facts").numpy().tobytes())
     except (KeyError, ValueError):
         raise UserError(f"{folder / STATE} is no state of a run; delete it to begin the run again") from None
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, window: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """All tensors that the rest of a run depends on. window: what each step since the last line of the log has to say for the next.
+
+    Not the generator: it is as its folder has it. Nor Python's and numpy's random numbers, which are not used: batches and masks are
+    functions of (seed, epoch) and (seed, step).
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items() if not name.startswith("generator.")}
+    for i, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
+    tensors["rng.cpu"] = torch.get_rng_state()  # of dropout
+    if (device := next(model.parameters()).device.type) != "cpu":
+        tensors[f"rng.{device}"] = torch.get_device_module(device).get_rng_state()
+    return tensors | {f"window.{name}": torch.stack([sums[name].float() for sums in window]) for name in (window[0] if window else ())}
+
+
+def restore(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
+    """What state_of has told, put back. Returns the window."""
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "rng": {}, "window": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensor
+    generator = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("generator.")}
+    model.load_state_dict(parts["model"] | generator)
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in parts["optimizer"].items():
+        i, _, kind = name.partition(".")
+        moments.setdefault(int(i), {})[kind] = tensor
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(parts["rng"]["cpu"])
+    device = next(model.parameters()).device
+    if device.type != "cpu" and device.type in parts["rng"]:  # a run may go on elsewhere than it began
+        torch.get_device_module(device).set_rng_state(parts["rng"][device.type])
+    window = {name: tensor.to(device) for name, tensor in parts["window"].items()}
+    return [dict(zip(window, row)) for row in zip(*window.values())]
 
 
 class Stop:
