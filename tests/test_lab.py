@@ -83,15 +83,16 @@ def test_every_flag_of_every_row_is_one_of_diffcse():
 
 def test_a_real_run_leaves_its_numbers_and_no_model(tmp_path):
     (tmp_path / "text.txt").write_text("".join(f"sentence number {i} of some\n" for i in range(40)))
-    flags = {"lam": 0.0, "steps": 1, "seed": 3, "train_file": str(tmp_path / "text.txt")}
-    result = reproduce.run(flags, tmp_path / "run", "demo", [])
+    (tmp_path / "pairs.tsv").write_text("a\tb\talike\n" + "".join(f"number {i}\tnumber {i * i}\t{i}\n" for i in range(9)))
+    flags = {"lam": 0.0, "steps": 1, "seed": 3, "train_file": str(tmp_path / "text.txt"), "score": str(tmp_path / "pairs.tsv")}
+    result = reproduce.run(flags, tmp_path / "run", "small", [])
     assert result["seed"] == 3 and sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json", "log.jsonl", "results.json"]
     (tmp_path / "run" / "log.jsonl").unlink()
-    assert reproduce.run(flags, tmp_path / "run", "demo", []) == result and not (tmp_path / "run" / "log.jsonl").exists()
+    assert reproduce.run(flags, tmp_path / "run", "small", []) == result and not (tmp_path / "run" / "log.jsonl").exists()
     with pytest.raises(UserError, match="holds a run with other settings"):
-        reproduce.run(flags, tmp_path / "run", "demo", ["--lr", "1e-3"])
+        reproduce.run(flags, tmp_path / "run", "small", ["--lr", "1e-3"])
     with pytest.raises(UserError, match="exit code 2"):
-        reproduce.run(flags | {"train_file": "nowhere.txt"}, tmp_path / "other", "demo", [])
+        reproduce.run(flags | {"train_file": "nowhere.txt"}, tmp_path / "other", "small", [])
 
 
 @pytest.mark.parametrize("argv, message", [
