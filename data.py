@@ -90,7 +90,8 @@ class Tokenizer:
     def save(self, folder: Path, max_length: int) -> None:
         """Its files for transformers: the old ones, tokenizer.json as it works here, and what must be said about it if nothing was."""
         for file in self.files:
-            write_atomically(folder / file.name, file.read_bytes())
+            if file.name != "tokenizer.json":
+                write_atomically(folder / file.name, file.read_bytes())
         self.backend.no_truncation()
         write_atomically(folder / "tokenizer.json", self.backend.to_str(pretty=True))
         if not any(file.name == "tokenizer_config.json" for file in self.files):

@@ -567,8 +567,9 @@ def fit(cfg: Config, name: str, out: Path, model: TrainingModel, score, sentence
     tensors, facts = load_state(out) or ({}, {})
     if (out / "results.json").is_file():
         raise UserError(f"{out} holds a run that has ended: its results.json is there")
-    facts = {"name": name, "command": shlex.join(["python", *sys.argv]), "text": sentences.checksum(), "seconds": 0.0, **facts}
-    if facts["text"] != sentences.checksum():
+    text = sentences.checksum()
+    facts = {"name": name, "command": shlex.join(["python", *sys.argv]), "text": text, "seconds": 0.0, **facts}
+    if facts["text"] != text:
         raise UserError(f"{out}: the sentences of {cfg.train_file} are not those that this run began with: it could not come to the same end")
     if not cfg.resume:
         write_atomically(out / "config.json", settings)

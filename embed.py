@@ -416,10 +416,11 @@ def export(args: argparse.Namespace) -> None:
     folder = Path(args.out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already and not an empty folder; name another, or delete it")
-    model = open_model(args.model)
+    source = find_model(args.model)  # asked for once: the Hub answers slowly
+    model = open_model(str(source))
     model = model._replace(pooling=args.pooler or model.pooling)
     check_pooling(model.bert, model.pooling)
-    source, about = find_model(args.model), f"Made from `{args.model}` by `python embed.py export`, weights in {args.dtype}."
+    about = f"Made from `{args.model}` by `python embed.py export`, weights in {args.dtype}."
     save_model(model, folder, model_card(folder.resolve().name, model, about), args.dtype)
     if (source / RUN_CONFIG).is_file():  # a model of a run: what its card says of the run is still true
         write_atomically(folder / RUN_CONFIG, (source / RUN_CONFIG).read_bytes())

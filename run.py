@@ -164,4 +164,3 @@ class Stop:
     def __exit__(self, *error) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        self.before = {}
