@@ -21,16 +21,16 @@ import math
 import mmap
 import operator
 import os
-import platform
 import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+import fast
 
 
 class UserError(ValueError):
@@ -117,38 +117,60 @@ class BertConfig:
 
 
 class Linear(nn.Linear):
-    """nn.Linear, which multiplies by a packed copy of its weight while it has one: see packed()."""
+    """nn.Linear, multiplied as fast as this machine can. gelu: of GELU(x). Shapes: (..., in) -> (..., out)."""
 
-    pack: Tensor | None = None
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        return fast.linear(x, self.weight, self.bias, gelu)
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout with cheaper random numbers. Shapes: any -> the same."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.pack is None:
-            return super().forward(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self.pack, self.bias, "none", [], "")
+        return fast.dropout(x, self.p, self.training)
 
 
-@contextlib.contextmanager
-def packed(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's linear layers hold their weights as oneDNN wants them: on a CPU that is most of the time of encoding.
+@dataclass
+class Grid:
+    """Which places of a padded batch (B, T) are computed. Everything but attention works on their list, (n, D), and never sees the rest.
 
-    PyTorch orders a plain matrix anew at every product, or multiplies by another library. For fp32 without gradients, of weights that do not
-    change inside; equal to rounding. Elsewhere, and where this PyTorch lacks these operations (they are its compiler's), nothing happens.
+    Places are counted row by row, from 0 to B*T - 1.
     """
-    linears = [module for module in model.modules() if isinstance(module, Linear)]
-    possible = (torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64") and not torch.is_grad_enabled()
-                and hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"))  # fmt: skip
-    try:
-        for linear in linears:
-            if possible and linear.weight.device.type == "cpu" and linear.weight.dtype == torch.float32:
-                linear.pack = torch.ops.mkldnn._reorder_linear_weight(linear.weight)
-        yield
-    finally:
-        for linear in linears:
-            linear.pack = None
+
+    B: int
+    T: int
+    mask: Tensor | None  # (B, T) bool, which places are read by attention (None: all)
+    tokens: Tensor | None  # (N,) places that are computed, at least all that are read (None: all)
+    wanted: Tensor | None  # (n,) those of them whose last layer is wanted (None: all)
+
+    def spread(self, x: Tensor, places: Tensor | None) -> Tensor:
+        """The list as a padded batch, zeros where nothing is. Shapes: (n, D), (n,) -> (B, T, D)."""
+        return (x if places is None else x.new_zeros(self.B * self.T, x.shape[1]).index_copy(0, places, x)).view(self.B, self.T, -1)
+
+    def pick(self, x: Tensor, places: Tensor | None) -> Tensor:
+        """The list of a padded batch. Shapes: (B, T, D), (n,) -> (n, D)."""
+        return x.flatten(0, 1) if places is None else x.flatten(0, 1)[places]
+
+    def wanted_tokens(self) -> Tensor | None:
+        """Where in the list of tokens the wanted ones are, (n,)."""
+        if self.tokens is None or self.wanted is None:
+            return self.wanted
+        number = torch.arange(len(self.tokens), device=self.tokens.device)
+        return self.tokens.new_zeros(self.B * self.T).index_copy(0, self.tokens, number)[self.wanted]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v of each head. Shapes: (B, H, T, d), mask (B, T) -> (B, H, T, d)."""
+    mask = None if mask is None else mask[:, None, None, :]  # every head and query sees the same keys
+    if q.device.type != "cpu" or dropout == 0:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)  # (B, H, T, T): PyTorch's dropout here costs more than all the rest
+    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+    return fast.dropout(scores.softmax(-1), dropout, True) @ v
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention over a padded batch. Shapes: (B, T, D), mask (B, 1, 1, T) -> (B, T, D)."""
+    """Multi-head attention. Shapes: (N, D) -> (N, D), or (n, D) of the grid's wanted ones where `last`."""
 
     def __init__(self, cfg: BertConfig):
         super().__init__()
@@ -158,19 +180,18 @@ class SelfAttention(nn.Module):
         self.value = Linear(cfg.hidden_size, cfg.hidden_size)
         self.output = Linear(cfg.hidden_size, cfg.hidden_size)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        B, T, D = x.shape
+    def forward(self, x: Tensor, grid: Grid, asking: Tensor, places: Tensor | None) -> Tensor:
+        """x (N, D) is what is read, asking (n, D) who reads, at those places of the grid."""
         q, k, v = (
-            project(x).view(B, T, self.heads, D // self.heads).transpose(1, 2)  # (B, T, D) -> (B, H, T, D/H)
-            for project in (self.query, self.key, self.value)
+            grid.spread(project(of), at).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (n, D) -> (B, T, D) -> (B, H, T, D/H)
+            for project, of, at in ((self.query, asking, places), (self.key, x, grid.tokens), (self.value, x, grid.tokens))
         )
-        dropout = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # (B, H, T, D/H)
-        return self.output(x.transpose(1, 2).reshape(B, T, D))  # (B, T, D)
+        x = attention(q, k, v, grid.mask, self.dropout if self.training else 0.0)  # (B, H, T, D/H)
+        return self.output(grid.pick(x.transpose(1, 2).flatten(2), places))  # (n, D)
 
 
 class Layer(nn.Module):
-    """Attention and a two-layer perceptron, each followed by add-and-norm ("post-LN"). Shapes: (B, T, D) -> same."""
+    """Attention and a two-layer perceptron, each followed by add-and-norm ("post-LN"). Shapes: (N, D) -> same, or (n, D) of the wanted."""
 
     def __init__(self, cfg: BertConfig):
         super().__init__()
@@ -180,16 +201,23 @@ class Layer(nn.Module):
         self.down = Linear(cfg.intermediate_size, cfg.hidden_size)
         self.norm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
         # DistilBERT has no dropout between attention and its residual sum: seen only in training, easily missed.
-        self.attention_dropout = nn.Dropout(0.0 if cfg.model_type == "distilbert" else cfg.hidden_dropout_prob)
-        self.dropout = nn.Dropout(cfg.hidden_dropout_prob)
+        self.attention_dropout = Dropout(0.0 if cfg.model_type == "distilbert" else cfg.hidden_dropout_prob)
+        self.dropout = Dropout(cfg.hidden_dropout_prob)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = self.attention_norm(x + self.attention_dropout(self.attention(x, mask)))
-        return self.norm(x + self.dropout(self.down(F.gelu(self.up(x)))))  # T x D -> T x 4D -> T x D
+    def forward(self, x: Tensor, grid: Grid, wanted: Tensor | None = None) -> Tensor:
+        """wanted (n,): which of x are wanted; the others are only read, by attention."""
+        asking, places = (x, grid.tokens) if wanted is None else (x[wanted], grid.wanted)
+        x = self.attention_norm(asking + self.attention_dropout(self.attention(x, grid, asking, places)))
+        return self.norm(x + self.dropout(self.down(self.up(x), gelu=True)))  # n x D -> n x 4D -> n x D
+
+
+def places(where: Tensor, count: int | None = None) -> Tensor:
+    """The places of True, row by row. Shapes: (B, T) bool -> (n,) int64, or (count,): with others behind them, so that a GPU need not wait for n."""
+    return torch.argsort(~where.flatten(), stable=True)[: int(where.sum()) if count is None else count]
 
 
 class Embeddings(nn.Module):
-    """Word + position (+ token type 0), normalised. Shapes: ids (B, T) -> (B, T, D)."""
+    """Word + position (+ token type 0), normalised. Shapes: ids (B, T), places (N,) -> (N, D), N = B*T where no places are given."""
 
     def __init__(self, cfg: BertConfig):
         super().__init__()
@@ -198,14 +226,15 @@ class Embeddings(nn.Module):
         self.position = nn.Embedding(cfg.max_position_embeddings, cfg.hidden_size)
         self.token_type = nn.Embedding(cfg.type_vocab_size, cfg.hidden_size) if cfg.type_vocab_size else None
         self.norm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
-        self.dropout = nn.Dropout(cfg.hidden_dropout_prob)
+        self.dropout = Dropout(cfg.hidden_dropout_prob)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, places: Tensor | None = None) -> Tensor:
         if self.cfg.model_type == "roberta":  # counted over what is not padding, from pad_token_id + 1 (SPEC 8)
             real = (ids != self.cfg.pad_token_id).long()
             positions = real.cumsum(1) * real + self.cfg.pad_token_id  # (B, T)
         else:
-            positions = torch.arange(ids.shape[1], device=ids.device)  # (T,)
+            positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)  # (B, T)
+        ids, positions = (t.flatten() if places is None else t.flatten()[places] for t in (ids, positions))  # (N,)
         x = self.word(ids) + self.position(positions)
         if self.token_type is not None:
             x = x + self.token_type.weight[0]  # one segment: every token is of type 0
@@ -239,26 +268,34 @@ class Bert(nn.Module):
     def device(self) -> torch.device:
         return self.embeddings.word.weight.device
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None, cls_vector: Tensor | None = None,
-                all_layers: bool = False) -> Tensor | list[Tensor]:  # fmt: skip
+    def forward(self, ids: Tensor, mask: Tensor | None = None, cls_vector: Tensor | None = None, all_layers: bool = False,
+                tokens: Tensor | None = None, wanted: Tensor | None = None) -> Tensor | list[Tensor]:  # fmt: skip
         """Encode a padded batch.
 
         Shapes: ids (B, T) int64; mask (B, T), nonzero where a token is real (None: everywhere); cls_vector (B, D).
             Returns the last layer (B, T, D), or with all_layers the list X_0 (embedding output), X_1 .. X_N.
         cls_vector takes the place of position 0 AFTER the embeddings' LayerNorm and dropout, so that nothing of
             the [CLS] token itself is left: this is how the discriminator is told h (SPEC 3).
+        tokens (N,) and wanted (n,), from places(), leave work out. tokens: the places of the batch that are computed, at least
+            its real ones: the rest is padding. wanted: some of them, of which alone the last layer is computed, past its
+            keys and values. With either the last layer comes as a list: (n, D), or (N, D).
         """
-        x = self.embeddings(ids)  # (B, T, D)
+        B, T = ids.shape
+        grid = Grid(B, T, None if mask is None else mask.bool(), tokens, wanted)
+        x = self.embeddings(ids, tokens)  # (N, D)
         if cls_vector is not None:
-            x = torch.cat([cls_vector.to(x.dtype)[:, None, :], x[:, 1:, :]], dim=1)  # (B, T, D)
-        if mask is not None:
-            mask = mask.bool()[:, None, None, :]  # (B, 1, 1, T): every head and query sees the same keys
-        states = [x]
+            firsts = replace(grid, wanted=torch.arange(B, device=ids.device) * T).wanted_tokens()  # (B,)
+            x = x.index_copy(0, firsts, cls_vector.to(x.dtype))
+        states, wanted = [x], grid.wanted_tokens()
         for layer in self.layers:
-            x = layer(x, mask)
+            x = layer(x, grid, wanted if layer is self.layers[-1] else None)
             if all_layers:
                 states.append(x)
-        return states if all_layers else x
+        if not self.layers and wanted is not None:
+            x = x[wanted]
+        if all_layers:
+            return [x.view(B, T, -1) for x in states]
+        return x.view(B, T, -1) if tokens is None and wanted is None else x
 
     def set_dropout(self, p: float) -> None:
         """Use rate p in place of the two rates of the config."""
@@ -280,12 +317,16 @@ class MLMHead(nn.Module):
 
     def __init__(self, cfg: BertConfig):
         super().__init__()
-        self.dense = nn.Linear(cfg.hidden_size, cfg.hidden_size)
+        self.dense = Linear(cfg.hidden_size, cfg.hidden_size)
         self.norm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(cfg.vocab_size))
 
+    def transform(self, x: Tensor) -> Tensor:
+        """Shapes: (..., D) -> (..., D), what is compared with every word."""
+        return self.norm(F.gelu(self.dense(x)))
+
     def forward(self, x: Tensor, words: Tensor) -> Tensor:
-        return F.linear(self.norm(F.gelu(self.dense(x))), words, self.bias)
+        return fast.linear(self.transform(x), words, self.bias)
 
 
 class BertForMaskedLM(nn.Module):
@@ -301,6 +342,11 @@ class BertForMaskedLM(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Shapes: ids, mask (B, T) -> logits (B, T, V)."""
         return self.head(self.bert(ids, mask), self.bert.embeddings.word.weight)
+
+    def fill(self, ids: Tensor, mask: Tensor, tokens: Tensor, wanted: Tensor, vocabulary: int, temperature: float | None = None) -> Tensor:
+        """The best of the vocabulary's first words at the wanted places, or with a temperature a drawn one. Shapes: as in Bert.forward -> (n,) int64."""
+        x = self.head.transform(self.bert(ids, mask, tokens=tokens, wanted=wanted))  # (n, D)
+        return fast.best_words(x, self.bert.embeddings.word.weight[:vocabulary], self.head.bias[:vocabulary], temperature)
 
 
 # ----------------------------------------------------------------------------------------------------------------

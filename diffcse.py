@@ -38,7 +38,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from bert import Bert, BertForMaskedLM, UserError, load_bert, read_json, write_atomically
+from bert import Bert, BertForMaskedLM, UserError, load_bert, places, read_json, write_atomically
 from data import (TokenizedSentences, Tokenizer, epoch_order, find_model, find_senteval, find_text, local_folder,
                   mask_tokens, read_sentences, run_main)  # fmt: skip
 from embed import (MAX_LENGTH, POOLINGS, RUN_CONFIG, DiffCSE, Opened, check_pooling, encode,  # noqa: F401  (`from diffcse import
@@ -304,26 +304,37 @@ def contrastive_loss(h: Tensor, temperature: float, hard_negative_weight: float 
 # 2. The edit: mask (data.mask_tokens), then let the generator fill in
 
 
+class Room(NamedTuple):
+    """How many places a step computes, padded to few numbers on a GPU, where each costs a graph. None: as many as there are."""
+
+    tokens: int | None = None  # of the batch that the encoder reads
+    edited: int | None = None  # of its rows that are edited
+    asked: int | None = None  # of the generator
+
+
 @torch.no_grad()
 def edit_sentences(generator: BertForMaskedLM, x: Tensor, x_masked: Tensor, selected: Tensor, mask: Tensor,
-                   tokenizer: Tokenizer, cfg: Config) -> tuple[Tensor, Tensor]:  # fmt: skip
+                   tokenizer: Tokenizer, cfg: Config, room: Room | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x'' = G(x') and which of its tokens are not those of x (paper section 3; SPEC 2).
 
     Shapes: x, x_masked (R, T) ids; selected, mask (R, T) bool -> x_edited (R, T) ids, replaced (R, T) bool.
     Position 0 and padding are never replaced. A masked token that G restores is not replaced either.
     """
-    logits = generator(x_masked, mask)[..., : tokenizer.vocab_size]  # (R, T, vocabulary); spare rows are no words
-    if cfg.edit == "sample":  # the Gumbel-max way: a draw from the softmax, without waiting for the GPU
-        logits = widen(logits) / cfg.edit_temperature
-        logits = logits - torch.empty_like(logits).exponential_().log_()
-    x_edited = logits.argmax(-1)  # (R, T)
-    if cfg.edit_scope == "masked":
-        x_edited = torch.where(selected, x_edited, x)
-    if cfg.protect_sep:
-        x_edited = torch.where(x == tokenizer.sep, x, x_edited)
-    x_edited[:, 0] = tokenizer.cls
+    asked, room = asked_of(cfg, x, mask, selected, tokenizer), room or Room()
+    where = places(asked, room.asked)  # (n,): G's last layer and its product with the vocabulary are made nowhere else
+    temperature = cfg.edit_temperature if cfg.edit == "sample" else None
+    words = generator.fill(x_masked, mask, places(mask, room.edited), where, tokenizer.vocab_size, temperature)  # (n,)
+    filled = x.flatten().index_copy(0, where, words).view_as(x)  # (R, T)
+    x_edited = torch.where(asked, filled, x)
     x_edited = x_edited * mask  # padding becomes id 0, as published; for RoBERTa that is <s>, which attention never sees
     return x_edited, (x_edited != x) & mask
+
+
+def asked_of(cfg: Config, x: Tensor, mask: Tensor, selected: Tensor, tokenizer: Tokenizer) -> Tensor:
+    """Where the generator's token is taken: not for [CLS], nor for padding. Shapes: x (R, T) ids; mask, selected (R, T) bool -> (R, T) bool."""
+    asked = mask.clone() if cfg.edit_scope == "all" else selected.clone()
+    asked[:, 0] = False
+    return asked & (x != tokenizer.sep) if cfg.protect_sep else asked
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -334,11 +345,11 @@ def replaced_token_loss(logits: Tensor, replaced: Tensor, mask: Tensor, pads_in_
                         reduction: str = "mean") -> Tensor:  # fmt: skip
     """Cross-entropy of "kept" (class 0) against "replaced" (1) at every position (paper section 3, L_RTD; SPEC 3).
 
-    Shapes: logits (R, T, 2); replaced, mask (R, T) bool -> (). With pads_in_loss, as published, padding counts as
+    Shapes: logits (..., 2); replaced, mask (...) bool -> (). With pads_in_loss, as published, padding counts as
     kept, and the same sentences padded wider have another loss (official issue 25).
     """
     labels = replaced.long() if pads_in_loss else replaced.long().masked_fill(~mask, -100)  # -100: left out
-    return F.cross_entropy(widen(logits).flatten(0, 1), labels.flatten(), reduction=reduction)
+    return F.cross_entropy(widen(logits).view(-1, 2), labels.flatten(), reduction=reduction)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -372,14 +383,15 @@ class TrainingModel(nn.Module):
             self.generator.eval()
         return self
 
-    def forward(self, x: Tensor, mask: Tensor, x_masked: Tensor, selected: Tensor, V: int = 2,
+    def forward(self, x: Tensor, mask: Tensor, x_masked: Tensor, selected: Tensor, V: int = 2, room: Room | None = None,
                 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """The loss of one batch, and sums for the log.
 
         Shapes: x, x_masked (R, T) ids, mask, selected (R, T) bool, rows sentence-major -> (), dict of ().
         """
-        cfg = self.cfg
-        c = self.encoder(x, mask)[:, 0]  # (R, D): the embedding that is used afterwards
+        cfg, room = self.cfg, room or Room()
+        firsts = torch.arange(len(x), device=x.device) * x.shape[1]  # (R,): where [CLS] stands
+        c = self.encoder(x, mask, tokens=places(mask, room.tokens), wanted=firsts)  # (R, D): the embedding that is used afterwards
         h = self.projector(c)  # (R, D)
         B = len(h) // V
         contrastive, cosines, positive = contrastive_loss(h.view(B, V, -1), cfg.temperature, cfg.hard_negative_weight)
@@ -389,12 +401,15 @@ class TrainingModel(nn.Module):
         if cfg.lam > 0:
             rows = slice(None) if cfg.views == "both" else slice(None, None, V)
             x, mask, x_masked, selected, h = x[rows], mask[rows], x_masked[rows], selected[rows], h[rows]
-            x_edited, replaced = edit_sentences(self.generator, x, x_masked, selected, mask, self.tokenizer, cfg)
+            x_edited, replaced = edit_sentences(self.generator, x, x_masked, selected, mask, self.tokenizer, cfg, room)
+            tokens = None if cfg.pads_in_loss else places(mask, room.edited)  # (N,): what the loss is over
             # h is not detached: through it the discriminator's gradient teaches the encoder. That is the method.
-            logits = self.head(self.discriminator(x_edited, mask, cls_vector=h))  # (R, T, 2)
+            logits = self.head(self.discriminator(x_edited, mask, cls_vector=h, tokens=tokens)).view(-1, 2)  # (N, 2)
+            if tokens is not None:
+                replaced, mask = replaced.flatten()[tokens], mask.flatten()[tokens]
             rtd = replaced_token_loss(logits, replaced, mask, cfg.pads_in_loss, cfg.reduction)
             loss = contrastive + cfg.lam * rtd
-            said = logits.argmax(-1).bool()  # (R, T)
+            said, replaced, mask = logits.argmax(-1).bool(), replaced.flatten(), mask.flatten()  # (N,)
             kept = mask & ~replaced
             sums |= {"replaced_token": rtd.detach(), "tokens": mask.sum(), "replaced": replaced.sum(), "kept": kept.sum(),
                      "replaced_right": (said & replaced).sum(), "kept_right": (~said & kept).sum()}  # fmt: skip
@@ -413,8 +428,14 @@ def train_step(model: TrainingModel, optimizer: torch.optim.Optimizer, scaler: t
         loss, sums = model(*batch, V)
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)  # so that what is clipped is the gradient itself
-    sums["grad_norm"] = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], model.cfg.clip)
+    scale = scaler.scale(torch.ones((), device=loss.device))
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    sums["grad_norm"] = nn.utils.get_total_norm(grads) / scale  # of the gradient itself
+    too_long = ((sums["grad_norm"] + 1e-6) / model.cfg.clip).clamp_min(1)
+    if optimizer.defaults["fused"]:  # it divides by this, and by the scaler's factor, as it reads the gradients
+        optimizer.grad_scale = too_long
+    else:
+        torch._foreach_div_(grads, too_long)
     scaler.step(optimizer)  # fp16: skipped where a gradient overflowed
     scaler.update()
     return sums
@@ -583,7 +604,7 @@ def fit(cfg: Config, name: str, out: Path, model: TrainingModel, score, sentence
           + f", from step {facts.get('step', 0)} on" * bool(cfg.resume))  # fmt: skip
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.9, 0.999),
-                                  eps=1e-8, weight_decay=0.0, fused=device.type == "cuda")  # fmt: skip
+                                  eps=1e-8, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))  # fmt: skip
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     best_model = Opened(model.encoder, tokenizer, cfg.pooling, min(MAX_LENGTH, model.encoder.max_length))
 

@@ -23,7 +23,6 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +33,7 @@ import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
-from bert import Bert, UserError, load_bert, packed, read_json, read_safetensors, read_weights, save_bert, write_atomically, write_safetensors
+from bert import Bert, UserError, load_bert, read_json, read_safetensors, read_weights, save_bert, write_atomically, write_safetensors
 from data import Tokenizer, find_model, read_lines, run_main
 
 POOLINGS = ("cls", "cls_before_pooler", "mean", "max", "avg_first_last", "avg_layer1_last", "avg_top2")
@@ -183,12 +182,11 @@ def pool(bert: Bert, ids: Tensor, mask: Tensor, pooling: str) -> Tensor:
     the embeddings' output. Both of the first two are called "first-last": the paper's figures are of X_0.
     """
     check_pooling(bert, pooling)
+    if pooling in ("cls_before_pooler", "cls"):
+        firsts = torch.arange(len(ids), device=ids.device) * ids.shape[1]
+        first_token = bert(ids, mask, wanted=firsts)  # (B, D)
+        return first_token if pooling == "cls_before_pooler" else torch.tanh(bert.pooler(first_token))
     states = bert(ids, mask, all_layers=True)  # X_0 .. X_N, each (B, T, D)
-    first_token = states[-1][:, 0]  # (B, D)
-    if pooling == "cls_before_pooler":
-        return first_token
-    if pooling == "cls":
-        return torch.tanh(bert.pooler(first_token))
     weight = mask[:, :, None].to(states[-1].dtype)  # (B, T, 1)
     if pooling == "max":
         return states[-1].masked_fill(weight == 0, -torch.inf).max(dim=1).values
@@ -224,8 +222,7 @@ def encode(bert: Bert, tokenizer: Tokenizer, sentences: Sequence[str], pooling: 
     bert.eval()
     try:
         with (tqdm(total=len(sentences), desc="encoding", unit=" sentences", leave=False,
-                   disable=None if (len(sentences) >= 5000 if progress is None else progress) else True) as bar,
-              packed(bert) if len(sentences) >= 32 else nullcontext()):  # packing costs as much as encoding a few  # fmt: skip
+                   disable=None if (len(sentences) >= 5000 if progress is None else progress) else True) as bar):
             for first in range(0, len(sentences), CHUNK):
                 ids = tokenizer(sentences[first : first + CHUNK], longest)
                 order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))

@@ -150,6 +150,7 @@ def test_every_dropout_stands_where_transformers_has_it(family, tmp_path, monkey
         return dropout(scores.softmax(-1), dropout_p) @ v
 
     monkeypatch.setattr(F, "dropout", dropout)
+    monkeypatch.setattr(bert.fast, "dropout", dropout)
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     with torch.no_grad():
         quiet = ours(ids, mask)
@@ -612,33 +613,3 @@ def test_folders_without_config_or_weights_are_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(bert.UserError, match="holds no weights"):
         bert.load_bert(tmp_path)
-
-
-# ---------------------------------------------------------------------------------------------------- packed weights
-
-
-@torch.no_grad()
-def test_packed_weights_give_the_same_and_are_put_away_again(tmp_path):
-    """Inside packed() linear layers multiply by a copy in oneDNN's order: same numbers, of what the weights are then; never for gradients or fp64."""
-    torch.manual_seed(0)
-    model = bert.Bert(bert.BertConfig(vocab_size=50, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=80, initializer_range=0.3)).eval()
-    linears = [m for m in model.modules() if isinstance(m, bert.Linear)]
-    assert len(linears) == 2 * 6
-    ids = torch.randint(50, (7, 9))
-    for scale in (1.0, 1.5):  # weights that changed since
-        for p in model.parameters():
-            p.mul_(scale)
-        plain = model(ids)
-        with bert.packed(model):
-            used = sum(linear.pack is not None for linear in linears)
-            inside = model(ids)
-        assert used in (0, 12) and all(linear.pack is None for linear in linears)
-        torch.testing.assert_close(inside, plain, rtol=0, atol=1e-5)
-    with pytest.raises(RuntimeError, match="stop"), bert.packed(model):
-        raise RuntimeError("stop")
-    assert all(linear.pack is None for linear in linears)
-    with torch.enable_grad(), bert.packed(model):
-        assert all(linear.pack is None for linear in linears)
-    with bert.packed(model.double()):
-        assert all(linear.pack is None for linear in linears)
-    assert used == 12 or not torch.backends.mkldnn.is_available() or bert.platform.machine() not in ("x86_64", "AMD64")
