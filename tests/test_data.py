@@ -8,11 +8,13 @@ import lzma
 import random
 import shutil
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import huggingface_hub
 import numpy as np
 import pytest
+import scipy.stats
 import tokenizers
 import torch
 from transformers import AutoTokenizer, BertTokenizerFast, RobertaTokenizerFast
@@ -225,14 +227,80 @@ def test_large_ids_survive(tmp_path):
     assert ids[0].tolist() == [2, 5, 70_004, 3]
 
 
-def test_epoch_order_is_a_permutation_from_seed_and_epoch_alone():
-    batches = data.epoch_order(103, 10, seed=1, epoch=2)
-    assert [len(b) for b in batches] == [10] * 10 + [3]  # the short one is kept
-    assert sorted(np.concatenate(batches)) == list(range(103))
+# ------------------------------------------------------------------------------------------------------- shuffling
+
+
+def order(rows: int, *key: int) -> np.ndarray:
+    return data.shuffled(np.arange(rows), rows, *key)
+
+
+@pytest.mark.parametrize("rows", [*range(1, 70), *(2**k + d for k in (8, 10, 13, 16) for d in (-1, 0, 1)), 99**2 - 1, 99**2, 99 * 100, 99 * 100 + 1, 22_063, 100_003])
+def test_an_epoch_has_every_row_once(rows):
+    for key in ((0, 0), (1, 2), (2**63 - 1, 10**6)):
+        got = order(rows, *key)
+        assert got.dtype == np.int64 and np.array_equal(np.sort(got), np.arange(rows))
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_alone():
+    keys = [(1, 2), (1, 3), (2, 2), (2, 1), (1, 0), (0, 1)]
+    orders = [order(103, *key).tolist() for key in keys]
+    assert len({tuple(o) for o in orders}) == len(keys)  # (1, 2) is not (2, 1)
     np.random.seed(99), torch.manual_seed(99)
-    flat = [np.concatenate(data.epoch_order(103, size, *key)).tolist() for key in [(1, 2), (1, 3), (2, 2), (2, 1)] for size in (10, 64)]
-    assert flat[0] == np.concatenate(batches).tolist()
-    assert all(flat[i] == flat[i + 1] for i in range(0, 8, 2)) and len({tuple(f) for f in flat}) == 4  # (1, 2) is not (2, 1)
+    for size in (1, 10, 64):  # however it is cut
+        assert [np.concatenate([data.shuffled(np.arange(i, min(i + size, 103)), 103, *key) for i in range(0, 103, size)]).tolist() for key in keys] == orders
+    positions = np.array([5, 0, 99])
+    assert data.shuffled(positions, 103, 1, 2).tolist() == [orders[0][i] for i in (5, 0, 99)] and positions.tolist() == [5, 0, 99]
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4, 5])
+def test_every_order_of_few_rows_is_as_frequent_as_any(rows):
+    seen = {o: 0 for o in itertools.permutations(range(rows))}
+    for epoch in range(4000):
+        seen[tuple(order(rows, epoch % 5, epoch).tolist())] += 1
+    assert scipy.stats.chisquare([*seen.values()]).pvalue > 0.001
+
+
+@pytest.mark.parametrize("rows", [9, 20, 37])
+def test_every_row_comes_at_every_place_and_after_every_other(rows):
+    trials = 4000
+    at, after = np.zeros((rows, rows)), np.zeros((rows, rows))
+    for epoch in range(trials):
+        got = order(rows, 3, epoch)
+        at[np.arange(rows), got] += 1
+        after[got[:-1], got[1:]] += 1
+    chi2 = ((at - trials / rows) ** 2).sum() / (trials / rows) * (rows - 1) / rows  # of (rows - 1)^2 degrees of freedom
+    assert 0.001 < scipy.stats.chi2.sf(chi2, (rows - 1) ** 2) < 0.999
+    pairs = after[~np.eye(rows, dtype=bool)]
+    assert 0.0001 < scipy.stats.chisquare(pairs).pvalue < 0.9999 and not after.diagonal().any()
+
+
+def test_a_large_order_looks_random():
+    n = 1_000_000
+    a, b, c = order(n, 42, 0), order(n, 42, 1), order(n, 43, 0)
+    for x, y in [(np.arange(n), a), (a[:-1], a[1:]), (a[:-64], a[64:]), (a, b), (a, c), (np.arange(n) % 1000, a % 1000), (np.arange(n) % 1000, a // 1000)]:
+        assert abs(np.corrcoef(x, y)[0, 1]) < 4 / n**0.5  # 4 standard errors
+    assert (abs(np.diff(a)) == 1).sum() < 12 and (a == np.arange(n)).sum() < 8 and (a == b).sum() < 8  # Poisson, of mean 2, 1 and 1
+    steps = np.bincount(np.diff(a) % n // 10_000, minlength=100)  # from one row to the next: everywhere alike
+    assert 0.0001 < scipy.stats.chisquare(steps).pvalue < 0.9999
+    inversions = (a[: n // 2] < a[n // 2 :]).mean()
+    assert abs(inversions - 0.5) < 4 * (0.25 / (n // 2)) ** 0.5
+
+
+def test_a_billion_rows_take_the_memory_of_a_batch():
+    n = 1_000_000_000
+    tracemalloc.start()
+    batches = [data.shuffled(np.arange(i, i + 64), n, 42, 3) for i in (0, 64, n // 2, n - 64)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000 and len(np.unique(batches)) == 256
+    positions = np.concatenate([np.arange(200_000), np.random.default_rng(0).choice(n, 200_000, replace=False)])
+    positions = np.unique(positions)
+    rows = data.shuffled(positions, n, 42, 3)
+    assert rows.min() >= 0 and rows.max() < n and len(np.unique(rows)) == len(rows)
+    first = rows[:200_000]
+    assert abs(np.corrcoef(positions[:200_000], first)[0, 1]) < 4 / 200_000**0.5 and abs(np.corrcoef(positions, rows)[0, 1]) < 4 / len(rows) ** 0.5
+    for part in (first // (n // 100), first % 100, np.diff(first) % n // (n // 100)):
+        assert 0.0001 < scipy.stats.chisquare(np.bincount(part, minlength=100)).pvalue < 0.9999
 
 
 # ------------------------------------------------------------------------------------------------------ masking
