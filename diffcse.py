@@ -49,8 +49,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bert import Bert, BertForMaskedLM, UserError, load_bert, read_json, write_atomically
-from data import (TokenizedSentences, Tokenizer, find_model, find_senteval, find_text, local_folder, mask_tokens,
-                  read_sentences, run_main, shuffled)  # fmt: skip
+from data import (TokenizedSentences, Tokenizer, find_model, find_senteval, find_text, local_folder, mask_tokens, run_main,
+                  shuffled)  # fmt: skip
 from embed import (MAX_LENGTH, POOLINGS, RUN_CONFIG, DiffCSE, Opened, check_pooling, encode,  # noqa: F401  (`from diffcse import
                    model_card, save_model)  # fmt: skip  DiffCSE` is how the tool is reached)
 from eval_sts import TEST_SETS, average, format_table, load_set, read_pairs, score_pairs
@@ -532,11 +532,8 @@ def train(cfg: Config, name: str = "run") -> dict:
     if cfg.score == "docs" or cfg.train_file == "docs":
         import docs  # imports hundreds of modules to read what is written about them: only where asked for
     score = docs.DocsScore(cfg.data) if cfg.score == "docs" else StsScore(cfg)
-    if cfg.train_file == "docs":
-        rows = ((sentence,) for sentence in docs.training_sentences())
-    else:
-        rows = read_sentences(find_text(cfg.train_file, cfg.data))
-    sentences = TokenizedSentences(rows, tokenizer, cfg.max_length)
+    source = ((sentence,) for sentence in docs.training_sentences()) if cfg.train_file == "docs" else find_text(cfg.train_file, cfg.data)
+    sentences = TokenizedSentences(source, tokenizer, cfg.max_length)
     if len(sentences) == 0:
         raise UserError(f"{cfg.train_file}: no sentences in it")
     if len(sentences) < 2:
