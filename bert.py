@@ -451,10 +451,10 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     write_atomically(path, write)
 
 
-def write_atomically(path: str | Path, content) -> None:
+def write_atomically(path: str | Path, content, advice: str = "what was there before is unharmed") -> None:
     """Write a file under a temporary name, force it to the disk, then rename: never half-written.
 
-    content is text, bytes, or a function that writes to the open binary file. Raises UserError if the disk says no.
+    content is text, bytes, or a function that writes to the open binary file. Raises UserError, with the advice, if the disk says no.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -469,7 +469,7 @@ def write_atomically(path: str | Path, content) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path} could not be written: {error.strerror or error}; what was there before is unharmed") from None
+        raise UserError(f"{path} could not be written: {error.strerror or error}; {advice}") from None
     finally:
         with contextlib.suppress(OSError):  # where its folder could not be made, there is nothing to remove
             temporary.unlink()

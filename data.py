@@ -11,16 +11,23 @@ several workers (sentences are tokenised once, up front, so that a batch is two 
 
 import csv
 import gzip
+import hashlib
+import io
+import itertools
 import json
 import lzma
+import math
+import mmap
 import os
 import sys
 import tarfile
 import tempfile
+import time
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import tokenizers
@@ -176,32 +183,108 @@ def read_sentences(path: str | Path) -> Iterator[tuple[str, ...]]:
         raise UserError(f"{path} line {rows.line_num}: {error}") from None
 
 
+def cache_folder() -> Path:
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "diffcse"
+
+
+def tokens_path(path: Path, tokenizer: Tokenizer, max_length: int) -> Path:
+    """Where the tokens of a sentence file are kept: another place once the file has changed, or for another tokenizer or length."""
+    try:
+        facts = path.stat()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    tokenizer.backend.no_truncation()  # the length it was last used with is no part of it
+    layout = 1  # of write_tokens' files
+    key = [layout, str(path.resolve()), facts.st_size, facts.st_mtime_ns, tokenizers.__version__, tokenizer.backend.to_str(), max_length]
+    return cache_folder() / f"tokens-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}"
+
+
+def id_type(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
+
+
+def write_tokens(rows: Iterable[tuple[str, ...]], tokenizer: Tokenizer, max_length: int, chunk: int, file: BinaryIO, spool: BinaryIO) -> None:
+    """Rows as integers, streamed into a file: all ids, zeros up to a multiple of 8 bytes, then as int64 where each sentence starts and the
+    last one ends, how many sentences there are, how many in a row, and the CRC-32 of all this.
+
+    spool: an empty file that holds the starts while ids are still being written.
+    """
+    dtype, end, columns, crc = id_type(tokenizer), 0, 1, 0
+    rows = iter(tqdm(rows, desc="tokenising", unit=" rows", unit_scale=True, leave=False, disable=None))
+
+    def put(part: bytes | np.ndarray) -> None:
+        nonlocal crc
+        crc = zlib.crc32(part, crc)
+        file.write(part)
+
+    spool.write(bytes(8))  # the first starts at 0
+    while some := list(itertools.islice(rows, chunk)):
+        columns = len(some[0])
+        encoded = tokenizer(list(itertools.chain.from_iterable(some)), max_length)
+        ends = np.fromiter(map(len, encoded), np.int64, len(encoded)).cumsum()
+        put(np.fromiter(itertools.chain.from_iterable(encoded), dtype, ends[-1]))
+        spool.write(ends + end)
+        end += int(ends[-1])
+    put(bytes(-end * dtype.itemsize % 8))
+    sentences = spool.tell() // 8 - 1
+    spool.seek(0)
+    for part in iter(lambda: spool.read(1 << 16), b""):
+        put(part)
+    put(np.array([sentences, columns], np.int64))
+    file.write(np.array([crc], np.int64))
+
+
 class TokenizedSentences:
     """All rows as integers: one flat array of ids and where each sentence starts. Length: the number of rows.
 
-    A million Wikipedia sentences take about 60 MB. A file of one column gives V = 2 views that share one copy.
+    Of rows they are in memory; a million Wikipedia sentences take about 60 MB. Of the Path of a sentence file they are on disk,
+    tokenised only the first time, and mapped: memory does not grow with their number.
+    A file of one column gives V = 2 views that share one copy.
+    Raises: UserError for a file that cannot be read, and where its tokens cannot be kept.
     """
 
-    def __init__(self, rows: Iterable[tuple[str, ...]], tokenizer: Tokenizer, max_length: int, chunk: int = 20_000):
-        dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
-        self.pad, self.columns = tokenizer.pad, 1
-        ids, lengths, waiting = [], [], []
+    def __init__(self, source: Path | Iterable[tuple[str, ...]], tokenizer: Tokenizer, max_length: int, chunk: int = 2_000):
+        self.pad, self.dtype, self.file = tokenizer.pad, id_type(tokenizer), None
+        if not isinstance(source, Path):
+            memory = io.BytesIO()
+            write_tokens(source, tokenizer, max_length, chunk, memory, io.BytesIO())
+            self._take(memory.getbuffer())
+            return
 
-        def flush() -> None:
-            encoded = tokenizer(waiting, max_length)
-            lengths.append(np.fromiter(map(len, encoded), np.int64, len(encoded)))
-            ids.append(np.fromiter((i for sentence in encoded for i in sentence), dtype, int(lengths[-1].sum())))
-            waiting.clear()
+        def write(file: BinaryIO) -> None:
+            with tempfile.TemporaryFile(dir=path.parent) as spool:
+                write_tokens(read_sentences(source), tokenizer, max_length, chunk, file, spool)
 
-        for row in tqdm(rows, desc="tokenising", unit=" rows", unit_scale=True, leave=False, disable=None):
-            self.columns = len(row)
-            waiting.extend(row)
-            if len(waiting) >= chunk:
-                flush()
-        if waiting:
-            flush()
-        self.ids = np.concatenate(ids) if ids else np.zeros(0, dtype)
-        self.starts = np.concatenate([np.zeros(1, np.int64), *lengths]).cumsum()
+        path = tokens_path(source, tokenizer, max_length)
+        for left in path.parent.glob(".tokens-*.tmp"):
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > 3600:  # a process that was killed: one that is alive writes every few seconds
+                    left.unlink()
+        try:
+            self._open(path)
+        except (OSError, ValueError):  # not there yet, or damaged
+            write_atomically(path, write, f"it is to hold the tokens of {source}, and XDG_CACHE_HOME=DIR names another place for it")
+            self._open(path)
+
+    def _open(self, path: Path) -> None:
+        self.file = open(path, "rb")
+        self._map()
+
+    def _map(self) -> None:
+        """Maps the file anew. What was read of the last map goes with it, and no longer counts as this process' memory."""
+        whole = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_RANDOM"):
+            whole.madvise(mmap.MADV_RANDOM)  # the next batch is elsewhere: nothing is read ahead
+        self._take(whole)
+
+    def _take(self, whole: mmap.mmap | memoryview) -> None:
+        """The arrays of what write_tokens wrote, not copied. Raises: ValueError where its sizes do not go together."""
+        numbers = np.frombuffer(whole, np.int64)
+        sentences, self.columns, self.crc = numbers[-3:].tolist()
+        self.starts = numbers[-4 - sentences : -3]
+        if not 0 <= sentences <= len(numbers) - 4 or -(-int(self.starts[-1]) * self.dtype.itemsize // 8) + sentences + 4 != len(numbers):
+            raise ValueError
+        self.ids = np.frombuffer(whole, self.dtype, self.starts[-1])
         self.views = max(2, self.columns)
 
     def __len__(self) -> int:
@@ -209,22 +292,51 @@ class TokenizedSentences:
 
     def checksum(self) -> int:
         """Of every id and where sentences end: whether these are the sentences that a run began with."""
-        return zlib.crc32(self.ids, zlib.crc32(self.starts))
+        return self.crc
 
     def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Shapes: rows (B,) -> ids (B*V, T) int64, mask (B*V, T) bool; T is the longest of these rows (SPEC 1.3)."""
         at = (rows[:, None] * self.columns + np.arange(self.views) % self.columns).reshape(-1)  # (B*V,)
-        lengths = self.starts[at + 1] - self.starts[at]  # (B*V,)
-        mask = np.arange(lengths.max()) < lengths[:, None]  # (B*V, T)
+        starts, ends = self.starts[at], self.starts[at + 1]  # (B*V,)
+        mask = np.arange((ends - starts).max()) < (ends - starts)[:, None]  # (B*V, T)
         ids = np.full(mask.shape, self.pad, np.int64)
-        ids[mask] = np.concatenate([self.ids[self.starts[i] : self.starts[i + 1]] for i in at])
+        ids[mask] = np.concatenate([self.ids[start:end] for start, end in zip(starts, ends)])
+        if self.file:
+            self._map()
         return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
-def epoch_order(rows: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The batches of one epoch: a random permutation, cut; the last may be short (SPEC 1.3). From (seed, epoch) alone."""
-    order = np.random.default_rng([seed, epoch]).permutation(rows)
-    return [order[i : i + batch_size] for i in range(0, rows, batch_size)]
+ROUNDS = 16  # 4 are enough for many rows (Luby and Rackoff); few want more: with 16 each of the 120 orders of 5 rows is as frequent as it should be within 2 %
+
+
+def shuffled(positions: np.ndarray, rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The rows at these positions of an epoch's random order of range(rows). From (seed, epoch) alone, and without a list of that order.
+
+    A Feistel network (Luby and Rackoff 1988) on the two digits of a position: in turn each is moved on by a hash of the other, which
+    could be undone, so no two positions meet. The digits count to the least b^2 or b(b+1) that is rows or more; what lands
+    above rows goes through again until it does not (Black and Rogaway 2002, cycle walking and unequal halves), a chance of 1/b.
+    Shapes: positions (B,) -> (B,) int64.
+    """
+    a = math.isqrt(rows - 1) + 1
+    b = -(-rows // a)
+    keys = np.random.SeedSequence([seed, epoch]).generate_state(ROUNDS, np.uint64)
+
+    def hashed(x: np.ndarray) -> np.ndarray:  # the finaliser of splitmix64 (Steele et al. 2014)
+        x = (x ^ x >> 30) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ x >> 27) * np.uint64(0x94D049BB133111EB)
+        return x ^ x >> 31
+
+    def once(x: np.ndarray) -> np.ndarray:
+        left, right = x // b, x % b
+        for even, odd in zip(keys[::2], keys[1::2]):
+            left = (left + hashed(right + even) % a) % a
+            right = (right + hashed(left + odd) % b) % b
+        return left * b + right
+
+    at = once(positions.astype(np.uint64))
+    while (above := at >= rows).any():
+        at[above] = once(at[above])
+    return at.astype(np.int64)
 
 
 def mask_tokens(ids: Tensor, tokenizer: Tokenizer, ratio: float, how: str, generator: torch.Generator,
@@ -345,7 +457,7 @@ def find_senteval(data: str) -> Path:
                 return folder
         raise UserError(f"{data}: no folder STS in it (looked also in senteval/ and SentEval/data/downstream/)")
     tar = _from_hub_dataset("senteval.tar")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "diffcse"
+    cache = cache_folder()
     unpacked = cache / f"senteval-{tar.resolve().name[:16]}"  # the Hub names a file in its cache by its hash
     if not unpacked.is_dir():
         cache.mkdir(parents=True, exist_ok=True)

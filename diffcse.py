@@ -49,8 +49,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bert import Bert, BertForMaskedLM, UserError, load_bert, places, read_json, write_atomically
-from data import (TokenizedSentences, Tokenizer, epoch_order, find_model, find_senteval, find_text, local_folder,
-                  mask_tokens, read_sentences, run_main)  # fmt: skip
+from data import (TokenizedSentences, Tokenizer, find_model, find_senteval, find_text, local_folder, mask_tokens, run_main,
+                  shuffled)  # fmt: skip
 from embed import (MAX_LENGTH, POOLINGS, RUN_CONFIG, DiffCSE, Opened, check_pooling, encode,  # noqa: F401  (`from diffcse import
                    model_card, save_model)  # fmt: skip  DiffCSE` is how the tool is reached)
 from eval_sts import TEST_SETS, average, format_table, load_set, read_pairs, score_pairs
@@ -553,11 +553,8 @@ def train(cfg: Config, name: str = "run") -> dict:
     if cfg.score == "docs" or cfg.train_file == "docs":
         import docs  # imports hundreds of modules to read what is written about them: only where asked for
     score = docs.DocsScore(cfg.data) if cfg.score == "docs" else StsScore(cfg)
-    if cfg.train_file == "docs":
-        rows = ((sentence,) for sentence in docs.training_sentences())
-    else:
-        rows = read_sentences(find_text(cfg.train_file, cfg.data))
-    sentences = TokenizedSentences(rows, tokenizer, cfg.max_length)
+    source = ((sentence,) for sentence in docs.training_sentences()) if cfg.train_file == "docs" else find_text(cfg.train_file, cfg.data)
+    sentences = TokenizedSentences(source, tokenizer, cfg.max_length)
     if len(sentences) == 0:
         raise UserError(f"{cfg.train_file}: no sentences in it")
     if len(sentences) < 2:
@@ -639,62 +636,61 @@ def fit(cfg: Config, name: str, out: Path, model: TrainingModel, score, sentence
         stop = stack.enter_context(Stop())  # from here on there is something to save
         tensors, saved, since, timed = {}, time.time(), time.time(), 0  # timed: how many of the window's steps this process made
         while (step := facts["step"]) < total:
-            for chosen in epoch_order(len(sentences), cfg.batch_size, cfg.seed, step // steps_per_epoch)[step % steps_per_epoch :]:
-                x, mask = sentences.batch(chosen)
-                seed_of_step = int(np.random.SeedSequence([cfg.seed, step, 1]).generate_state(1)[0])
-                random = torch.Generator().manual_seed(seed_of_step)
-                x_masked, selected = mask_tokens(x, tokenizer, cfg.mask_ratio, cfg.mask, random)
-                batch = (x, mask, x_masked, selected)
-                if device.type == "cuda":  # pinned memory: the copy runs beside the last step's work
-                    batch = tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
-                else:
-                    batch = tuple(t.to(device) for t in batch)
-                lr = cfg.lr * (total - step) / total
-                window.append(train_step(model, optimizer, scaler, batch, sentences.views, lr, amp))
-                facts["step"] = step = step + 1
-                timed += 1
-                bar.update(cfg.batch_size)
+            epoch, number = divmod(step, steps_per_epoch)
+            positions = np.arange(number * cfg.batch_size, min((number + 1) * cfg.batch_size, len(sentences)))  # the last may be few (SPEC 1.3)
+            x, mask = sentences.batch(shuffled(positions, len(sentences), cfg.seed, epoch))
+            seed_of_step = int(np.random.SeedSequence([cfg.seed, step, 1]).generate_state(1)[0])
+            random = torch.Generator().manual_seed(seed_of_step)
+            x_masked, selected = mask_tokens(x, tokenizer, cfg.mask_ratio, cfg.mask, random)
+            batch = (x, mask, x_masked, selected)
+            if device.type == "cuda":  # pinned memory: the copy runs beside the last step's work
+                batch = tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
+            else:
+                batch = tuple(t.to(device) for t in batch)
+            lr = cfg.lr * (total - step) / total
+            window.append(train_step(model, optimizer, scaler, batch, sentences.views, lr, amp))
+            facts["step"] = step = step + 1
+            timed += 1
+            bar.update(cfg.batch_size)
 
-                log_now = step % cfg.log_every == 0 or step in (1, total)
-                eval_now = step % cfg.eval_every == 0 or step == total
-                save_now = stop.signal or step == total or time.time() - saved >= 60 * cfg.save_minutes
-                if not (log_now or eval_now or save_now):
-                    continue
-                if not os.fstat(log.fileno()).st_nlink:  # writing would make the folder anew, without its config and log
-                    raise UserError(f"{out} was deleted while the run wrote to it: training stopped")
-                kept = f"{out / 'best'} holds the model of step {facts['best_step']}" if facts["best_step"] else "no model had been kept yet"
-                check_finite(window, step, scaler, kept)
-                if log_now:
-                    row = summarise(window)
-                    speed = timed * cfg.batch_size / (time.time() - since)
-                    note(step=step, lr=lr, sentences_per_second=round(speed, 1), **row)
-                    bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
-                    window, since, timed = [], time.time(), 0
-                scoring = time.time()
-                if eval_now:
-                    try:
-                        scores = score.dev(encoder)
-                    except UserError as error:  # vectors that cannot be ranked
-                        raise UserError(f"step {step}: {error}; {kept}") from None
-                    note(step=step, **scores)
-                    better = scores["score"] > facts["best"]  # strictly (SPEC 6)
-                    bar.write(f"step {step:>6}  {score.name}: {scores['score']:.2f}" + " (best so far)" * better)
-                    if better:
-                        facts |= {"best": scores["score"], "best_step": step}
-                        save_model(best_model, out / "best", card({"before": facts["first"], "after": scores}), cfg.dtype)
-                        write_atomically(out / "best" / RUN_CONFIG, settings)
-                if save_now:
-                    os.fsync(log.fileno())  # what the state counts on
-                    save_state(out, state_of(model, optimizer, window),
-                               facts | {"seconds": seconds(), "log": log.tell(), "scaler": scaler.state_dict()})  # fmt: skip
-                    saved = time.time()
-                since += time.time() - scoring  # neither is training
-                if stop.signal:
-                    bar.close()
-                    print(f"stopped after step {step} of {total}. To go on: python diffcse.py --resume {shlex.quote(str(out))}", file=sys.stderr)
-                    sys.exit(128 + stop.signal)
-                if step == total:
-                    break
+            log_now = step % cfg.log_every == 0 or step in (1, total)
+            eval_now = step % cfg.eval_every == 0 or step == total
+            save_now = stop.signal or step == total or time.time() - saved >= 60 * cfg.save_minutes
+            if not (log_now or eval_now or save_now):
+                continue
+            if not os.fstat(log.fileno()).st_nlink:  # writing would make the folder anew, without its config and log
+                raise UserError(f"{out} was deleted while the run wrote to it: training stopped")
+            kept = f"{out / 'best'} holds the model of step {facts['best_step']}" if facts["best_step"] else "no model had been kept yet"
+            check_finite(window, step, scaler, kept)
+            if log_now:
+                row = summarise(window)
+                speed = timed * cfg.batch_size / (time.time() - since)
+                note(step=step, lr=lr, sentences_per_second=round(speed, 1), **row)
+                bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
+                window, since, timed = [], time.time(), 0
+            scoring = time.time()
+            if eval_now:
+                try:
+                    scores = score.dev(encoder)
+                except UserError as error:  # vectors that cannot be ranked
+                    raise UserError(f"step {step}: {error}; {kept}") from None
+                note(step=step, **scores)
+                better = scores["score"] > facts["best"]  # strictly (SPEC 6)
+                bar.write(f"step {step:>6}  {score.name}: {scores['score']:.2f}" + " (best so far)" * better)
+                if better:
+                    facts |= {"best": scores["score"], "best_step": step}
+                    save_model(best_model, out / "best", card({"before": facts["first"], "after": scores}), cfg.dtype)
+                    write_atomically(out / "best" / RUN_CONFIG, settings)
+            if save_now:
+                os.fsync(log.fileno())  # what the state counts on
+                save_state(out, state_of(model, optimizer, window),
+                           facts | {"seconds": seconds(), "log": log.tell(), "scaler": scaler.state_dict()})  # fmt: skip
+                saved = time.time()
+            since += time.time() - scoring  # neither is training
+            if stop.signal:
+                bar.close()
+                print(f"stopped after step {step} of {total}. To go on: python diffcse.py --resume {shlex.quote(str(out))}", file=sys.stderr)
+                sys.exit(128 + stop.signal)
         bar.close()
 
     model.encoder.load_state_dict(load_bert(out / "best").state_dict())

@@ -1,7 +1,8 @@
-"""How fast: ours against the same work on sentence-transformers, in turn in one process; and what a large index costs.
+"""How fast: ours against the same work on sentence-transformers, in turn in one process; and what a large index and a large corpus cost.
 
     python -m lab.bench encode MODEL --text FILE [--sentences 20000] [--rounds 5] [--json FILE]
     python -m lab.bench search --text FILE [--sentences 1000000] [--width 256] [--json FILE]
+    python -m lab.bench corpus --text FILE [--sentences 100000,1000000,10000000] [--json FILE]
 
 A figure of speed is a ratio: the machine's own moods meet both. Wants `pip install -r requirements-dev.txt` for encode.
 """
@@ -9,6 +10,7 @@ A figure of speed is a ratio: the machine's own moods meet both. Wants `pip inst
 import argparse
 import json
 import multiprocessing
+import os
 import platform
 import random
 import resource
@@ -16,14 +18,14 @@ import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from bert import Bert, BertConfig, UserError, write_atomically
-from data import Tokenizer, find_model, read_lines, run_main
+from data import TokenizedSentences, Tokenizer, find_model, read_lines, run_main, shuffled, tokens_path
 from embed import MAX_LENGTH, DiffCSE, Opened, save_model
 from eval_sts import count
 
@@ -108,22 +110,67 @@ def bench_search(args: argparse.Namespace) -> dict:
     return result
 
 
+def tokenise(text: Path) -> dict:
+    os.environ["XDG_CACHE_HOME"] = str(text.parent)
+    tokenizer, base = Tokenizer(find_model("assets/small-bert")), peak()
+    seconds, sentences = timed(lambda: TokenizedSentences(text, tokenizer, 32))
+    size = tokens_path(text, tokenizer, 32).stat().st_size
+    return {"sentences": len(sentences), "text_bytes_per_sentence": round(text.stat().st_size / len(sentences), 1), "tokens_per_sentence": round(len(sentences.ids) / len(sentences), 2),
+            "bytes_per_sentence": round(size / len(sentences), 1), "tokenise_seconds": round(seconds, 1), "MB_before": base, "MB_peak": peak()}  # fmt: skip
+
+
+def draw(text: Path, batches: int = 1000) -> dict:
+    os.environ["XDG_CACHE_HOME"] = str(text.parent)
+    tokenizer, base = Tokenizer(find_model("assets/small-bert")), peak()
+    opening, sentences = timed(lambda: TokenizedSentences(text, tokenizer, 32))
+    n = len(sentences)
+    rows = [timed(lambda: shuffled(np.arange(64 * i, 64 * i + 64) % n, n, 0, 0)) for i in range(batches)]  # noqa: B023
+    drawn = [timed(lambda: sentences.batch(chosen))[0] for _, chosen in rows]  # noqa: B023
+    return {"open_seconds": round(opening, 4), "shuffle_ms": round(1e3 * statistics.mean(seconds for seconds, _ in rows), 3),
+            "batch_ms": {"mean": round(1e3 * statistics.mean(drawn), 3), "most": round(1e3 * max(drawn), 3)}, "MB_before": base, "MB_peak": peak()}  # fmt: skip
+
+
+def bench_corpus(args: argparse.Namespace) -> dict:
+    """The text again and again, its lines numbered, as a file of each size: tokenised in one process, opened again and batches of 64 drawn in another."""
+    result: dict = {"sizes": []}
+    lines = read_text(args.text)
+    for size in args.sentences:
+        with tempfile.TemporaryDirectory() as temporary:
+            text = Path(temporary) / "text.txt"
+            with open(text, "w", encoding="utf-8") as file:
+                file.writelines(f"{line} {i}\n" for i, line in enumerate(islice(cycle(lines), size)))
+            row = {}
+            for work in (tokenise, draw):
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                    row[work.__name__] = process.submit(work, text).result()
+            result["sizes"].append(row)
+            print(row, flush=True)
+    return result
+
+
+BENCHES = {
+    "encode": (bench_encode, count, 20_000, "against sentence-transformers"),
+    "search": (bench_search, count, 1_000_000, "building and searching a large index"),
+    "corpus": (bench_corpus, lambda text: [count(size) for size in text.split(",")], "100000,1000000,10000000", "tokenising a large corpus and drawing batches of it"),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="lab.bench", description="How fast, against the libraries.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, sentences, text in (("encode", 20_000, "against sentence-transformers"), ("search", 1_000_000, "building and searching a large index")):
+    for name, (_, kind, sentences, text) in BENCHES.items():
         sub = commands.add_parser(name, help=text, allow_abbrev=False)
         if name == "encode":
             sub.add_argument("model", metavar="MODEL")
             sub.add_argument("--rounds", type=count, default=5, help="(default: %(default)s)")
-        else:
+        if name == "search":
             sub.add_argument("--width", type=count, default=256, help="numbers in a vector (default: %(default)s)")
         sub.add_argument("--text", required=True, metavar="FILE", help="one sentence a line")
-        sub.add_argument("--sentences", type=count, default=sentences, help="(default: %(default)s)")
+        sub.add_argument("--sentences", type=kind, default=sentences, help="(default: %(default)s)")
         sub.add_argument("--seed", type=int, default=0)
         sub.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    result = {"command": args.command, **(bench_encode if args.command == "encode" else bench_search)(args), "threads": torch.get_num_threads(),
+    result = {"command": args.command, **BENCHES[args.command][0](args), "threads": torch.get_num_threads(),
               "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}  # fmt: skip
     print(json.dumps(result, indent=2))
     if args.json:

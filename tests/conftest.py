@@ -2,6 +2,7 @@
 
 import os
 import random
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tests start subprocesses after tokenising
 os.environ["OMP_NUM_THREADS"] = "1"  # models this small are slower on several threads
+CACHE = tempfile.TemporaryDirectory(prefix="diffcse-tests-")  # removed when Python ends
+os.environ["XDG_CACHE_HOME"] = CACHE.name  # the user's own cache is left alone
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,18 +1,26 @@
 """data.py: the tokenizer against transformers', sentence files good and bad, batches, masking, and where things come from."""
 
+import csv
+import errno
 import gzip
 import io
 import itertools
 import json
 import lzma
+import os
 import random
 import shutil
+import subprocess
+import sys
 import tarfile
+import time
+import tracemalloc
 from pathlib import Path
 
 import huggingface_hub
 import numpy as np
 import pytest
+import scipy.stats
 import tokenizers
 import torch
 from transformers import AutoTokenizer, BertTokenizerFast, RobertaTokenizerFast
@@ -20,7 +28,8 @@ from transformers import AutoTokenizer, BertTokenizerFast, RobertaTokenizerFast
 import data
 from bert import UserError
 
-SMALL = Path(__file__).parent.parent / "assets" / "small-bert"
+ROOT = Path(__file__).parent.parent
+SMALL = ROOT / "assets" / "small-bert"
 RNG = random.Random(7)
 NASTY = [
     "", "   ", "\t\n\r ", "A plain sentence.", "Ünïcödé ÀÉÎ ŐŰ İstanbul ß ﬁ №", "e\u0301 versus \u00e9, \u212b",
@@ -195,7 +204,7 @@ def test_files_are_streamed_so_a_late_error_does_not_stop_the_first_rows(tmp_pat
 
 
 @pytest.mark.parametrize("columns, views", [(1, 2), (2, 2), (3, 3)])
-@pytest.mark.parametrize("chunk", [3, 20_000])  # 3 cuts rows in the middle of nowhere
+@pytest.mark.parametrize("chunk", [3, 2_000])  # the last of 3 is not full
 def test_batches_equal_direct_tokenisation(small, columns, views, chunk):
     rows = [tuple(NASTY[(i * columns + c) % len(NASTY)] for c in range(columns)) for i in range(40)]
     sentences = data.TokenizedSentences(iter(rows), small, 16, chunk)
@@ -225,14 +234,322 @@ def test_large_ids_survive(tmp_path):
     assert ids[0].tolist() == [2, 5, 70_004, 3]
 
 
-def test_epoch_order_is_a_permutation_from_seed_and_epoch_alone():
-    batches = data.epoch_order(103, 10, seed=1, epoch=2)
-    assert [len(b) for b in batches] == [10] * 10 + [3]  # the short one is kept
-    assert sorted(np.concatenate(batches)) == list(range(103))
+# --------------------------------------------------------------------------------------------- the cache of tokens
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "diffcse"
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    (tmp_path / "text.txt").write_text("".join(f"sentence {i} of {'several ' * (i % 7)}words\n" for i in range(100)))
+    return tmp_path / "text.txt"
+
+
+def contents(sentences: data.TokenizedSentences) -> tuple:
+    ids, mask = sentences.batch(np.arange(len(sentences))[::-1])
+    return len(sentences), sentences.columns, sentences.views, sentences.checksum(), sentences.ids.dtype, ids.tolist(), mask.tolist()
+
+
+def spy(monkeypatch) -> list[int]:
+    """How many sentences each call of a tokenizer was given."""
+    calls, real = [], data.Tokenizer.__call__
+    monkeypatch.setattr(data.Tokenizer, "__call__", lambda self, sentences, length: calls.append(len(sentences)) or real(self, sentences, length))
+    return calls
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3])
+@pytest.mark.parametrize("words", [0, 70_000], ids=["16 bits", "32 bits"])
+def test_a_file_gives_what_its_rows_give_and_is_tokenised_once(tmp_path, small, cache, monkeypatch, columns, words):
+    tokenizer = small
+    if words:
+        vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(words)), *small.vocabulary()]
+        tokenizer = data.Tokenizer(folder_of(tmp_path, vocab_txt="\n".join(dict.fromkeys(vocabulary))))
+    path = tmp_path / "a.csv"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([[f"{NASTY[(i + c) % len(NASTY)]} w{i * 700}" for c in range(columns)] for i in range(100)])
+    expected = contents(data.TokenizedSentences(data.read_sentences(path), tokenizer, 16))
+    assert expected[:3] == (99, columns, max(2, columns)) and expected[4] == (np.int32 if words else np.uint16)
+    assert contents(data.TokenizedSentences(data.read_sentences(path), tokenizer, 16, chunk=7)) == expected
+    calls = spy(monkeypatch)
+    assert contents(data.TokenizedSentences(path, tokenizer, 16, chunk=10)) == expected
+    assert calls == [10 * columns] * 9 + [9 * columns] and len(list(cache.iterdir())) == 1
+    assert contents(data.TokenizedSentences(path, tokenizer, 16)) == expected and len(calls) == 10
+    assert data.TokenizedSentences(path, tokenizer, 15).checksum() != expected[3] and len(calls) == 11
+
+
+def test_an_empty_file_is_kept_too(tmp_path, small, cache):
+    (tmp_path / "empty.txt").touch()
+    for _ in range(2):
+        assert len(data.TokenizedSentences(tmp_path / "empty.txt", small, 16)) == 0
+    with pytest.raises(UserError, match="none.txt cannot be read"):
+        data.TokenizedSentences(tmp_path / "none.txt", small, 16)
+
+
+def test_another_text_tokenizer_or_length_is_another_entry(tmp_path, small, cache, text, monkeypatch):
+    calls, seen = spy(monkeypatch), set()
+
+    def new(path=text, tokenizer=small, length=16) -> bool:
+        before = len(calls)
+        seen.add(data.TokenizedSentences(path, tokenizer, length).checksum())
+        return len(calls) > before
+
+    assert new() and not new()
+    small(["a call for something else"], 9)
+    assert not new() and new(length=8) and not new() and not new(length=8)
+    words = [word for word in (SMALL / "vocab.txt").read_text(encoding="utf-8").splitlines() if word != "of"]
+    other = data.Tokenizer(folder_of(tmp_path, vocab_txt="\n".join(words)))
+    assert new(tokenizer=other) and not new(tokenizer=other) and len(seen) == 3
+    (tmp_path / "link.txt").symlink_to(text)
+    monkeypatch.chdir(tmp_path)
+    assert not new(tmp_path / "link.txt") and not new(Path("text.txt")) and new(Path(shutil.copy(text, "copy.txt")))
+    before = text.stat()
+    text.write_text(text.read_text().replace("sentence 7 ", "sentence 8 "))  # of the same size
+    os.utime(text, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert len(seen) == 3 and new() and len(seen) == 4
+    os.utime(text, ns=(before.st_atime_ns, before.st_mtime_ns + 2))
+    assert new() and len(seen) == 4
+    text.write_text(text.read_text() + "one more\n")
+    os.utime(text, ns=(before.st_atime_ns, before.st_mtime_ns + 2))
+    assert new() and len(seen) == 5 and len(list(cache.iterdir())) == 7
+
+
+DAMAGE = {
+    "empty": lambda whole: b"", "short": lambda whole: whole[:20], "cut": lambda whole: whole[:-1], "a number less": lambda whole: whole[:-8],
+    "half": lambda whole: whole[: len(whole) // 16 * 8], "more": lambda whole: whole + bytes(8), "zeros": lambda whole: bytes(len(whole)),
+    "ones": lambda whole: b"\xff" * len(whole), "noise": lambda whole: random.Random(0).randbytes(len(whole)), "no ids": lambda whole: whole[8:],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_entry_is_made_again(small, cache, text, damage):
+    expected = contents(data.TokenizedSentences(text, small, 16))
+    entry, = cache.iterdir()
+    whole = entry.read_bytes()
+    entry.write_bytes(damage(whole))
+    assert contents(data.TokenizedSentences(text, small, 16)) == expected and entry.read_bytes() == whole
+
+
+def test_a_run_goes_on_with_the_entry_it_opened(small, cache, text):
+    sentences = data.TokenizedSentences(text, small, 16)
+    expected = contents(sentences)
+    shutil.rmtree(cache)
+    assert contents(sentences) == expected
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UserError("line 51: not UTF-8")])
+def test_a_build_that_stops_leaves_nothing(small, cache, text, monkeypatch, error):
+    def stops(path):
+        yield from itertools.islice(rows(path), 50)
+        raise error
+
+    rows = data.read_sentences
+    monkeypatch.setattr(data, "read_sentences", stops)
+    with pytest.raises(error if isinstance(error, type) else UserError):
+        data.TokenizedSentences(text, small, 16, chunk=10)
+    assert list(cache.iterdir()) == []
+    monkeypatch.setattr(data, "read_sentences", rows)
+    assert len(data.TokenizedSentences(text, small, 16)) == 100
+
+
+# A process that tokenises `text`; at row 50 it says so and waits until the folder holds as many files "here..." as it is told.
+BUILD = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import data
+text, others = Path(sys.argv[2]), int(sys.argv[3])
+real = data.read_sentences
+def rows(path):
+    for i, row in enumerate(real(path)):
+        if i == 50:
+            (text.parent / f"here{os.getpid()}").touch()
+            while len(list(text.parent.glob("here*"))) < others: time.sleep(0.01)
+        yield row
+data.read_sentences = rows
+sentences = data.TokenizedSentences(text, data.Tokenizer(data.find_model("assets/small-bert")), 16, chunk=10)
+print(sentences.checksum(), int(sentences.batch(data.np.arange(100))[0].sum()))
+"""
+
+
+def build(text: Path, others: int) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", BUILD, str(ROOT), str(text), str(others)], stdout=subprocess.PIPE, text=True)
+
+
+def test_a_killed_build_leaves_no_entry_and_a_later_one_takes_its_leavings_away(small, cache, text):
+    process = build(text, 99)
+    while not list(text.parent.glob("here*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    left, = cache.iterdir()
+    assert left.name.startswith(".tokens-") and left.name.endswith(".tmp")
+    assert len(data.TokenizedSentences(text, small, 16)) == 100
+    assert left.is_file() and len(list(cache.iterdir())) == 2  # it might still be written to
+    os.utime(left, (time.time() - 4000,) * 2)
+    assert len(data.TokenizedSentences(text, small, 16)) == 100 and not left.exists() and len(list(cache.iterdir())) == 1
+
+
+def test_two_builds_at_once_both_succeed(small, cache, text):
+    processes = [build(text, 2), build(text, 2)]
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0] and len(list(text.parent.glob("here*"))) == 2
+    sentences = data.TokenizedSentences(data.read_sentences(text), small, 16)
+    assert said == [f"{sentences.checksum()} {int(sentences.batch(np.arange(100))[0].sum())}\n"] * 2
+    assert [file.name for file in cache.iterdir()] == [data.tokens_path(text, small, 16).name]
+
+
+def test_no_place_for_the_tokens_is_a_user_error(tmp_path, small, cache, text, monkeypatch):
+    def says(reason: str) -> None:
+        with pytest.raises(UserError, match=f"{reason}.*text.txt.*XDG_CACHE_HOME=DIR") as error:
+            data.TokenizedSentences(text, small, 16)
+        assert str(cache) in one_line(error)
+
+    cache.parent.write_text("a file where the folder should be")
+    says("Not a directory")
+    cache.parent.unlink()
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    says("No space left")
+    assert list(cache.iterdir()) == []
+
+
+def test_without_xdg_cache_home_it_is_in_the_home_folder(tmp_path, small, text, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for unset in (lambda: monkeypatch.setenv("XDG_CACHE_HOME", ""), lambda: monkeypatch.delenv("XDG_CACHE_HOME")):
+        unset()
+        assert data.tokens_path(text, small, 16).parent == tmp_path / ".cache" / "diffcse"
+
+
+def test_building_takes_no_more_memory_for_more_rows(tmp_path, small, cache):
+    peaks = []
+    for n in (2_000, 20_000):
+        path = tmp_path / f"{n}.txt"
+        path.write_text("some of the words in a sentence\n" * n)
+        tracemalloc.start()
+        data.TokenizedSentences(path, small, 16, chunk=500)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 100_000  # the arrays of the larger take 500,000 bytes
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+import data
+tokenizer = data.Tokenizer(data.find_model("assets/small-bert"))
+def status(name): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1024
+for n in map(int, sys.argv[3:]):  # entries of n sentences of 27 tokens, all 0: that part of the file is a hole
+    text = Path(sys.argv[2]) / f"{n}.txt"
+    text.touch()
+    path = data.tokens_path(text, tokenizer, 32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        file.seek(-(-n * 27 * 2 // 8) * 8)
+        for i in range(0, n + 1, 100_000): file.write(27 * np.arange(i, min(i + 100_000, n + 1)))
+        file.write(np.array([n, 1, 0]))
+    sentences = data.TokenizedSentences(text, tokenizer, 32)
+    assert len(sentences) == n
+    open("/proc/self/clear_refs", "w").write("5")  # the peak begins here
+    before = status("VmRSS")
+    for step in range(200):
+        ids, mask = sentences.batch(data.shuffled(np.arange(64 * step, 64 * step + 64), n, 0, 0))
+        assert ids.shape == (128, 27) and mask.all()
+    print(status("VmHWM") - before)
+    path.unlink()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
+def test_batches_of_ten_million_sentences_take_no_more_memory_than_of_a_hundred_thousand(tmp_path, cache):
+    command = [sys.executable, "-c", MEMORY, str(ROOT), str(tmp_path), "100000", "10000000"]
+    few, many = map(float, subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split())
+    assert many < few + 16, (few, many)  # MB: the pages of one batch. Of all 200 it would be some hundreds
+
+
+# ------------------------------------------------------------------------------------------------------- shuffling
+
+
+def order(rows: int, *key: int) -> np.ndarray:
+    return data.shuffled(np.arange(rows), rows, *key)
+
+
+@pytest.mark.parametrize("rows", [*range(1, 70), *(2**k + d for k in (8, 10, 13, 16) for d in (-1, 0, 1)), 99**2 - 1, 99**2, 99 * 100, 99 * 100 + 1, 22_063, 100_003])
+def test_an_epoch_has_every_row_once(rows):
+    for key in ((0, 0), (1, 2), (2**63 - 1, 10**6)):
+        got = order(rows, *key)
+        assert got.dtype == np.int64 and np.array_equal(np.sort(got), np.arange(rows))
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_alone():
+    keys = [(1, 2), (1, 3), (2, 2), (2, 1), (1, 0), (0, 1)]
+    orders = [order(103, *key).tolist() for key in keys]
+    assert len({tuple(o) for o in orders}) == len(keys)  # (1, 2) is not (2, 1)
     np.random.seed(99), torch.manual_seed(99)
-    flat = [np.concatenate(data.epoch_order(103, size, *key)).tolist() for key in [(1, 2), (1, 3), (2, 2), (2, 1)] for size in (10, 64)]
-    assert flat[0] == np.concatenate(batches).tolist()
-    assert all(flat[i] == flat[i + 1] for i in range(0, 8, 2)) and len({tuple(f) for f in flat}) == 4  # (1, 2) is not (2, 1)
+    for size in (1, 10, 64):  # however it is cut
+        assert [np.concatenate([data.shuffled(np.arange(i, min(i + size, 103)), 103, *key) for i in range(0, 103, size)]).tolist() for key in keys] == orders
+    positions = np.array([5, 0, 99])
+    assert data.shuffled(positions, 103, 1, 2).tolist() == [orders[0][i] for i in (5, 0, 99)] and positions.tolist() == [5, 0, 99]
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4, 5])
+def test_every_order_of_few_rows_is_as_frequent_as_any(rows):
+    seen = {o: 0 for o in itertools.permutations(range(rows))}
+    for epoch in range(4000):
+        seen[tuple(order(rows, epoch % 5, epoch).tolist())] += 1
+    assert scipy.stats.chisquare([*seen.values()]).pvalue > 0.001
+
+
+@pytest.mark.parametrize("rows", [9, 20, 37])
+def test_every_row_comes_at_every_place_and_after_every_other(rows):
+    trials = 4000
+    at, after = np.zeros((rows, rows)), np.zeros((rows, rows))
+    for epoch in range(trials):
+        got = order(rows, 3, epoch)
+        at[np.arange(rows), got] += 1
+        after[got[:-1], got[1:]] += 1
+    chi2 = ((at - trials / rows) ** 2).sum() / (trials / rows) * (rows - 1) / rows  # of (rows - 1)^2 degrees of freedom
+    assert 0.001 < scipy.stats.chi2.sf(chi2, (rows - 1) ** 2) < 0.999
+    pairs = after[~np.eye(rows, dtype=bool)]
+    assert 0.0001 < scipy.stats.chisquare(pairs).pvalue < 0.9999 and not after.diagonal().any()
+
+
+def test_a_large_order_looks_random():
+    n = 1_000_000
+    a, b, c = order(n, 42, 0), order(n, 42, 1), order(n, 43, 0)
+    for x, y in [(np.arange(n), a), (a[:-1], a[1:]), (a[:-64], a[64:]), (a, b), (a, c), (np.arange(n) % 1000, a % 1000), (np.arange(n) % 1000, a // 1000)]:
+        assert abs(np.corrcoef(x, y)[0, 1]) < 4 / n**0.5  # 4 standard errors
+    assert (abs(np.diff(a)) == 1).sum() < 12 and (a == np.arange(n)).sum() < 8 and (a == b).sum() < 8  # Poisson, of mean 2, 1 and 1
+    steps = np.bincount(np.diff(a) % n // 10_000, minlength=100)  # from one row to the next: everywhere alike
+    assert 0.0001 < scipy.stats.chisquare(steps).pvalue < 0.9999
+    inversions = (a[: n // 2] < a[n // 2 :]).mean()
+    assert abs(inversions - 0.5) < 4 * (0.25 / (n // 2)) ** 0.5
+
+
+def test_a_billion_rows_take_the_memory_of_a_batch():
+    n = 1_000_000_000
+    tracemalloc.start()
+    batches = [data.shuffled(np.arange(i, i + 64), n, 42, 3) for i in (0, 64, n // 2, n - 64)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000 and len(np.unique(batches)) == 256
+    positions = np.concatenate([np.arange(200_000), np.random.default_rng(0).choice(n, 200_000, replace=False)])
+    positions = np.unique(positions)
+    rows = data.shuffled(positions, n, 42, 3)
+    assert rows.min() >= 0 and rows.max() < n and len(np.unique(rows)) == len(rows)
+    first = rows[:200_000]
+    assert abs(np.corrcoef(positions[:200_000], first)[0, 1]) < 4 / 200_000**0.5 and abs(np.corrcoef(positions, rows)[0, 1]) < 4 / len(rows) ** 0.5
+    for part in (first // (n // 100), first % 100, np.diff(first) % n // (n // 100)):
+        assert 0.0001 < scipy.stats.chisquare(np.bincount(part, minlength=100)).pvalue < 0.9999
 
 
 # ------------------------------------------------------------------------------------------------------ masking

@@ -153,6 +153,10 @@ def test_bench_measures_a_large_index_and_says_what_is_missing(tmp_path, monkeyp
     for dtype in ("fp32", "fp16"):
         found = bench.search(tmp_path / "model", dtype, str(tmp_path / "text.txt"))
         assert found["query_seconds"]["most"] >= found["query_seconds"]["median"] > 0
+    monkeypatch.setenv("XDG_CACHE_HOME", "")  # so that what they set is undone
+    made, drawn = bench.tokenise(tmp_path / "text.txt"), bench.draw(tmp_path / "text.txt", 3)
+    assert made["sentences"] == 8 and made["bytes_per_sentence"] == (8 * -(-made["tokens_per_sentence"] * 8 // 4) + 9 * 8 + 24) / 8
+    assert drawn["batch_ms"]["most"] >= drawn["batch_ms"]["mean"] > 0
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(UserError, match="encode wants sentence-transformers: pip install -r requirements-dev.txt"):
         bench.bench_encode(argparse.Namespace(text=str(tmp_path / "text.txt"), sentences=5, seed=0, model="", rounds=1))

@@ -292,6 +292,7 @@ def test_the_loop_is_adamw_clipping_and_a_line_to_zero_over_every_sentence(run, 
     steps = spy_on_steps(monkeypatch)
     changes = dict(steps=None, epochs=2, dropout=0.0, generator_dropout=False, eval_every=100, seed=7)
     run(**changes)
+    assert data.tokens_path(tiny / "text.txt", data.Tokenizer(tiny), 32).is_file()  # for the next run
     assert [len(s["batch"][0]) for s in steps] == [32, 32, 2] * 2  # 33 sentences, 2 views; the short batch is kept, even of one sentence
     assert [s["lr"] for s in steps] == pytest.approx([1e-2 * (6 - t) / 6 for t in range(6)])
     assert [row["lr"] for row in log_of(tmp_path / "out") if "lr" in row] == pytest.approx([s["lr"] for s in steps])
