@@ -316,7 +316,7 @@ def test_the_loop_is_adamw_clipping_and_a_line_to_zero_over_every_sentence(run, 
     for name, p in bert.load_bert(tmp_path / "out" / "best").state_dict().items():
         if not name.endswith("key.bias") and name != "layers.1.norm.bias":  # rounding alone: softmax, BatchNorm take away what they add
             distance = (p - twin.encoder.state_dict()[name]).norm() / p.numel() ** 0.5
-            assert distance < 1e-4 * 1e-2, name  # of a step of 1e-2 in every number
+            assert distance < 1e-3 * 1e-2, name  # of a step of 1e-2 in every number
 
 
 def test_a_saved_config_repeats_its_run(run, tmp_path):
