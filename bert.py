@@ -145,7 +145,7 @@ class Grid:
 
     def spread(self, x: Tensor, places: Tensor | None) -> Tensor:
         """The list as a padded batch, zeros where nothing is. Shapes: (n, D), (n,) -> (B, T, D)."""
-        return (x if places is None else x.new_zeros(self.B * self.T, x.shape[1]).index_copy(0, places, x)).view(self.B, self.T, -1)
+        return (x if places is None else x.new_zeros(self.B * self.T, x.shape[1]).index_copy(0, places, x)).view(self.B, self.T, x.shape[1])
 
     def pick(self, x: Tensor, places: Tensor | None) -> Tensor:
         """The list of a padded batch. Shapes: (B, T, D), (n,) -> (n, D)."""
@@ -294,8 +294,8 @@ class Bert(nn.Module):
         if not self.layers and wanted is not None:
             x = x[wanted]
         if all_layers:
-            return [x.view(B, T, -1) for x in states]
-        return x.view(B, T, -1) if tokens is None and wanted is None else x
+            return [x.view(B, T, self.cfg.hidden_size) for x in states]
+        return x.view(B, T, self.cfg.hidden_size) if tokens is None and wanted is None else x
 
     def set_dropout(self, p: float) -> None:
         """Use rate p in place of the two rates of the config."""

@@ -18,7 +18,7 @@ Afterwards only f is kept, and a sentence's vector is f's [CLS] before the proje
 Letters: B sentences, V views of each, R = B*V rows, T tokens with padding, D hidden size, lam the paper's lambda.
 Reference: Chuang et al., NAACL 2022. SPEC sections in brackets describe the published code: where it differs from
 the paper the default is the code, and one switch of Config gives the paper's reading.
-Not here: several GPUs, gradient accumulation (in-batch negatives do not accumulate).
+Not here: gradient accumulation (in-batch negatives do not accumulate). Several GPUs: ranks.py.
 """
 
 import argparse
@@ -48,7 +48,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from bert import Bert, BertForMaskedLM, UserError, load_bert, places, read_json, write_atomically
+import fast
+import ranks
+from bert import Bert, BertForMaskedLM, Layer, UserError, load_bert, places, read_json, write_atomically
 from data import (TokenizedSentences, Tokenizer, find_model, find_senteval, find_text, local_folder, mask_tokens, run_main,
                   shuffled)  # fmt: skip
 from embed import (MAX_LENGTH, POOLINGS, RUN_CONFIG, DiffCSE, Opened, check_pooling, encode,  # noqa: F401  (`from diffcse import
@@ -74,6 +76,8 @@ class Config:
     seed: int = 42  # decides all that is random
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: on cuda bf16, or fp16 where the card has no bf16. A CPU with AVX512-BF16 gains by bf16
+
+    compile: bool | None = None  # compile the layers (needs a C++ compiler), and on a GPU make a step one CUDA graph (default: on for cuda)
 
     # Optimisation [6]: AdamW (0.9, 0.999), eps 1e-8, no weight decay; linear from lr to 0, no warm-up
     epochs: int = 2  # times through the train file
@@ -159,7 +163,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-MAY_CHANGE = ("resume", "data", "device", "log_every", "eval_every", "save_minutes")  # when a run is resumed; not what it computes
+MAY_CHANGE = ("resume", "data", "device", "compile", "log_every", "eval_every", "save_minutes")  # when a run is resumed; not what it computes
 
 
 def field_help() -> dict[str, str]:
@@ -228,12 +232,15 @@ def parse_args(argv: list[str]) -> tuple[str, Config]:
         kind, default = typing.get_type_hints(Config)[name], getattr(Config, name)
         flag = f"--{name.replace('_', '-')}"
         flags[flag] = name
-        if kind is bool:
-            words, default = "on|off", "on" if default else "off"
+        if bool in (kind, *typing.get_args(kind)):  # --x, --x on, --no-x, --x off
+            words, default = "on|off", {True: "on", False: "off"}.get(default)
+            flags[f"--no-{flag[2:]}"] = name
+            parser.add_argument(f"--no-{flag[2:]}", dest=name, action="store_const", const="off", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+            more = {"nargs": "?", "const": "on"}
         else:
-            words = "|".join(typing.get_args(kind)) if typing.get_origin(kind) is Literal else name.upper()
+            words, more = "|".join(typing.get_args(kind)) if typing.get_origin(kind) is Literal else name.upper(), {}
         text += f" (default: {default})" if default not in (None, "") else ""
-        parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, metavar=words, help=text.replace("%", "%%"))
+        parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, metavar=words, help=text.replace("%", "%%"), **more)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         close = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
@@ -310,6 +317,7 @@ class Room(NamedTuple):
     tokens: int | None = None  # of the batch that the encoder reads
     edited: int | None = None  # of its rows that are edited
     asked: int | None = None  # of the generator
+    sentences: int | None = None  # of all ranks together
 
 
 @torch.no_grad()
@@ -337,6 +345,14 @@ def asked_of(cfg: Config, x: Tensor, mask: Tensor, selected: Tensor, tokenizer: 
     return asked & (x != tokenizer.sep) if cfg.protect_sep else asked
 
 
+def padded_room(cfg: Config, tokenizer: Tokenizer, batch: tuple[Tensor, ...], V: int, sentences: int, multiple: int = 512) -> Room:
+    """The room of a batch that is still on the CPU. Shapes: batch: x, mask, x_masked, selected, each (R, T)."""
+    x, mask, _, selected = batch
+    edited = slice(None) if cfg.views == "both" else slice(None, None, V)
+    asked = asked_of(cfg, x[edited], mask[edited], selected[edited], tokenizer)
+    return Room(*(min(-(-int(where.sum()) // multiple) * multiple, where.numel()) for where in (mask, mask[edited], asked)), sentences)
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # 3. The difference prediction: which tokens of x'' are not those of x?
 
@@ -349,7 +365,8 @@ def replaced_token_loss(logits: Tensor, replaced: Tensor, mask: Tensor, pads_in_
     kept, and the same sentences padded wider have another loss (official issue 25).
     """
     labels = replaced.long() if pads_in_loss else replaced.long().masked_fill(~mask, -100)  # -100: left out
-    return F.cross_entropy(widen(logits).view(-1, 2), labels.flatten(), reduction=reduction)
+    loss = F.cross_entropy(widen(logits).view(-1, 2), labels.flatten(), reduction="sum")
+    return loss / ranks.total((labels != -100).sum()) if reduction == "mean" else loss  # the mean over all ranks' positions
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -390,17 +407,18 @@ class TrainingModel(nn.Module):
         Shapes: x, x_masked (R, T) ids, mask, selected (R, T) bool, rows sentence-major -> (), dict of ().
         """
         cfg, room = self.cfg, room or Room()
+        B = room.sentences or len(x) // V
+        rows = slice(ranks.part(B).start * V, ranks.part(B).stop * V)  # this rank's
         firsts = torch.arange(len(x), device=x.device) * x.shape[1]  # (R,): where [CLS] stands
         c = self.encoder(x, mask, tokens=places(mask, room.tokens), wanted=firsts)  # (R, D): the embedding that is used afterwards
-        h = self.projector(c)  # (R, D)
-        B = len(h) // V
+        h = self.projector(ranks.gather(c, rows, B * V))  # (R, D)
         contrastive, cosines, positive = contrastive_loss(h.view(B, V, -1), cfg.temperature, cfg.hard_negative_weight)
-        sums = {"contrastive": contrastive.detach(), "positive_cosine": positive.mean(),
+        loss = contrastive / ranks.world()  # all ranks compute it, and their gradients are added
+        sums = {"loss": contrastive.detach(), "contrastive": contrastive.detach(), "positive_cosine": positive.mean(),
                 "negative_cosine": (cosines.sum() - positive.sum()) / max(B * B - B, 1)}  # fmt: skip
-        loss = contrastive
         if cfg.lam > 0:
-            rows = slice(None) if cfg.views == "both" else slice(None, None, V)
-            x, mask, x_masked, selected, h = x[rows], mask[rows], x_masked[rows], selected[rows], h[rows]
+            edited = slice(None) if cfg.views == "both" else slice(None, None, V)
+            x, mask, x_masked, selected, h = x[edited], mask[edited], x_masked[edited], selected[edited], h[rows][edited]
             x_edited, replaced = edit_sentences(self.generator, x, x_masked, selected, mask, self.tokenizer, cfg, room)
             tokens = None if cfg.pads_in_loss else places(mask, room.edited)  # (N,): what the loss is over
             # h is not detached: through it the discriminator's gradient teaches the encoder. That is the method.
@@ -408,32 +426,33 @@ class TrainingModel(nn.Module):
             if tokens is not None:
                 replaced, mask = replaced.flatten()[tokens], mask.flatten()[tokens]
             rtd = replaced_token_loss(logits, replaced, mask, cfg.pads_in_loss, cfg.reduction)
-            loss = contrastive + cfg.lam * rtd
+            loss = loss + cfg.lam * rtd
             said, replaced, mask = logits.argmax(-1).bool(), replaced.flatten(), mask.flatten()  # (N,)
             kept = mask & ~replaced
-            sums |= {"replaced_token": rtd.detach(), "tokens": mask.sum(), "replaced": replaced.sum(), "kept": kept.sum(),
-                     "replaced_right": (said & replaced).sum(), "kept_right": (~said & kept).sum()}  # fmt: skip
-        return loss, {"loss": loss.detach(), **sums}
+            counts = {"replaced_token": rtd.detach(), "tokens": mask.sum(), "replaced": replaced.sum(), "kept": kept.sum(),
+                      "replaced_right": (said & replaced).sum(), "kept_right": (~said & kept).sum()}  # fmt: skip
+            sums |= zip(counts, ranks.total(torch.stack([count.to(rtd.dtype) for count in counts.values()])).unbind())
+            sums["loss"] = sums["loss"] + cfg.lam * sums["replaced_token"]
+        return loss, sums
 
 
 def train_step(model: TrainingModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, batch: tuple[Tensor, ...],
-               V: int, lr: float, amp: torch.dtype | None) -> dict[str, Tensor]:  # fmt: skip
-    """One update. The same lines on every device: without amp, autocast and scaler do nothing (SPEC 6).
+               room: Room | None, V: int, amp: torch.dtype | None) -> dict[str, Tensor]:  # fmt: skip
+    """One update, by the optimizer's rate. The same lines on every device: without amp, autocast and scaler do nothing (SPEC 6).
 
     Nothing here waits for the GPU. Returns the model's sums and the gradient's norm before clipping, still there.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = lr
     with torch.autocast(batch[0].device.type, dtype=amp or torch.bfloat16, enabled=amp is not None):
-        loss, sums = model(*batch, V)
+        loss, sums = model(*batch, V, room)
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
-    scale = scaler.scale(torch.ones((), device=loss.device))
     grads = [p.grad for p in model.parameters() if p.grad is not None]
+    ranks.add_up(grads)
+    scale = scaler.scale(torch.ones((), device=loss.device))
     sums["grad_norm"] = nn.utils.get_total_norm(grads) / scale  # of the gradient itself
     too_long = ((sums["grad_norm"] + 1e-6) / model.cfg.clip).clamp_min(1)
     if optimizer.defaults["fused"]:  # it divides by this, and by the scaler's factor, as it reads the gradients
-        optimizer.grad_scale = too_long
+        optimizer.grad_scale = too_long.float()
     else:
         torch._foreach_div_(grads, too_long)
     scaler.step(optimizer)  # fp16: skipped where a gradient overflowed
@@ -479,8 +498,9 @@ class StsScore:
             self.name, self.dev_sets, self.test_sets = f"{path.name}, Spearman x 100", {path.name: read_pairs(path)}, {}
 
     def dev(self, encoder) -> dict[str, float]:
-        scores = score_pairs(encoder, self.dev_sets)
-        return {"score": scores[next(iter(self.dev_sets))], **scores}
+        name = next(iter(self.dev_sets))  # nothing but what chooses is encoded
+        scores = score_pairs(encoder, {name: self.dev_sets[name]})
+        return {"score": scores[name], **scores}
 
     def test(self, encoder) -> dict[str, float]:
         scores = score_pairs(encoder, self.dev_sets | self.test_sets)
@@ -545,29 +565,36 @@ def check_finite(window: list[dict[str, Tensor]], step: int, scaler: torch.amp.G
 
 
 def train(cfg: Config, name: str = "run") -> dict:
-    """A whole run, from the pretrained model to results.json, or the rest of one (cfg.resume). Returns what results.json holds."""
+    """A whole run, from the pretrained model to results.json, or the rest of one (cfg.resume). Returns what results.json holds, on rank 0."""
     started = time.time()
     device, amp = pick_device(cfg)
-    torch.manual_seed(cfg.seed)  # projector, head and dropout flow from it; batches and masks from (seed, epoch or step)
-    model, tokenizer = build(cfg)
-    if cfg.score == "docs" or cfg.train_file == "docs":
-        import docs  # imports hundreds of modules to read what is written about them: only where asked for
-    score = docs.DocsScore(cfg.data) if cfg.score == "docs" else StsScore(cfg)
-    source = ((sentence,) for sentence in docs.training_sentences()) if cfg.train_file == "docs" else find_text(cfg.train_file, cfg.data)
-    sentences = TokenizedSentences(source, tokenizer, cfg.max_length)
-    if len(sentences) == 0:
-        raise UserError(f"{cfg.train_file}: no sentences in it")
-    if len(sentences) < 2:
-        raise UserError(f"{cfg.train_file}: one sentence alone has no negatives to be told from; at least 2 are needed")
-    if len(sentences) < cfg.batch_size:
-        print(f"note: {cfg.train_file} has {len(sentences)} sentences, fewer than --batch-size {cfg.batch_size}: "
-              "each step takes all of them", file=sys.stderr)  # fmt: skip
-    model.to(device).train()
-    with locked(Path(cfg.resume)) if cfg.resume else new_folder(cfg.out_dir, name) as out:
+    with ranks.joined(device), ExitStack() as stack:
+        torch.manual_seed(cfg.seed)  # projector and head flow from it; batches, masks and dropout from (seed, epoch or step)
+        with ranks.rank_0_first():
+            model, tokenizer = build(cfg)
+            if cfg.score == "docs" or cfg.train_file == "docs":
+                import docs  # imports hundreds of modules to read what is written about them: only where asked for
+            score = docs.DocsScore(cfg.data) if cfg.score == "docs" else StsScore(cfg)
+            source = ((sentence,) for sentence in docs.training_sentences()) if cfg.train_file == "docs" else find_text(cfg.train_file, cfg.data)
+            sentences = TokenizedSentences(source, tokenizer, cfg.max_length)
+        if len(sentences) == 0:
+            raise UserError(f"{cfg.train_file}: no sentences in it")
+        if len(sentences) < 2:
+            raise UserError(f"{cfg.train_file}: one sentence alone has no negatives to be told from; at least 2 are needed")
+        if len(sentences) < cfg.batch_size and ranks.rank() == 0:
+            print(f"note: {cfg.train_file} has {len(sentences)} sentences, fewer than --batch-size {cfg.batch_size}: "
+                  "each step takes all of them", file=sys.stderr)  # fmt: skip
+        model.to(device).train()
+        out = None
+        if ranks.rank() == 0:
+            out = stack.enter_context(locked(Path(cfg.resume)) if cfg.resume else new_folder(cfg.out_dir, name))
+        out = ranks.from_rank_0(out)
         try:
             results, rows = fit(cfg, name, out, model, score, sentences, amp, started)
         except OSError as error:  # of the log; other files say more themselves
             raise UserError(f"{out} cannot be written to any more: {error.strerror or error}. When it can: python diffcse.py --resume {out}") from None
+    if not results:
+        return results
     print("\n" + score.report(rows))
     if results["dev_best"] <= results["dev_before"]:
         print(f"training did not beat its start on {score.name}: {results['dev_before']:.2f} before, {results['dev_best']:.2f} at best")
@@ -579,30 +606,42 @@ def train(cfg: Config, name: str = "run") -> dict:
 
 def fit(cfg: Config, name: str, out: Path, model: TrainingModel, score, sentences: TokenizedSentences, amp: torch.dtype | None,
         started: float) -> tuple[dict, dict[str, dict[str, float]]]:  # fmt: skip
-    """The steps, in the run's folder `out`, from the first one or from where its state says. Returns results.json and its table's rows."""
-    tokenizer, device = model.tokenizer, model.encoder.device
+    """The steps, in the run's folder `out`, from the first one or from where its state says. Returns results.json and its table's rows, on rank 0."""
+    tokenizer, device, V, first = model.tokenizer, model.encoder.device, sentences.views, ranks.rank() == 0
     settings = json.dumps(asdict(replace(cfg, out_dir="", resume="")), indent=2) + "\n"
     tensors, facts = load_state(out) or ({}, {})
     if (out / "results.json").is_file():
         raise UserError(f"{out} holds a run that has ended: its results.json is there")
     text = sentences.checksum()
     facts = {"name": name, "command": shlex.join(["python", *sys.argv]), "text": text, "seconds": 0.0, **facts}
-    if facts["text"] != text:
+    if ranks.from_rank_0(facts["text"]) != text:
         raise UserError(f"{out}: the sentences of {cfg.train_file} are not those that this run began with: it could not come to the same end")
-    if not cfg.resume:
+    if first and not cfg.resume:
         write_atomically(out / "config.json", settings)
-    if not tensors:
+    if first and not tensors:
         save_state(out, {}, facts)  # so that a run resumed from its very beginning has its name and command
 
     steps_per_epoch = math.ceil(len(sentences) / cfg.batch_size)
     total = cfg.steps or cfg.epochs * steps_per_epoch
-    print(f"{facts['name']}: {len(sentences):,} sentences, {total:,} steps of {cfg.batch_size} on {device.type}"
-          f" ({str(amp).removeprefix('torch.') if amp else 'fp32'}), seed {cfg.seed}, into {out}"
-          + f", from step {facts.get('step', 0)} on" * bool(cfg.resume))  # fmt: skip
+    if first:
+        print(f"{facts['name']}: {len(sentences):,} sentences, {total:,} steps of {cfg.batch_size} on {device.type}" + f" x {ranks.world()}" * (ranks.world() > 1)
+              + f" ({str(amp).removeprefix('torch.') if amp else 'fp32'}), seed {cfg.seed}, into {out}"
+              + f", from step {facts.get('step', 0)} on" * bool(cfg.resume))  # fmt: skip
 
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.9, 0.999),
-                                  eps=1e-8, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))  # fmt: skip
+    why_not = fast.why_not_compiled(device)
+    if cfg.compile and why_not:
+        raise UserError(f"--compile: {why_not}; --no-compile does without")
+    compiled = device.type == "cuda" and not why_not if cfg.compile is None else cfg.compile
+    captured = compiled and device.type == "cuda" and ranks.world() == 1
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
+                                  lr=torch.tensor(cfg.lr, device=device) if captured else cfg.lr, capturable=captured,
+                                  fused=device.type in ("cpu", "cuda"))  # fmt: skip
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    step_of = partial(train_step, model, optimizer, scaler, V=V, amp=amp)
+    if compiled:
+        compile_layers(model)
+    if captured:
+        step_of = fast.Captured(step_of)
     best_model = Opened(model.encoder, tokenizer, cfg.pooling, min(MAX_LENGTH, model.encoder.max_length))
 
     def encoder(texts: list[str], pooling: str = cfg.pooling) -> np.ndarray:
@@ -620,13 +659,16 @@ def fit(cfg: Config, name: str, out: Path, model: TrainingModel, score, sentence
         if log.write(line) < len(line):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with open(out / "log.jsonl", "ab", buffering=0) as log, ExitStack() as stack:
-        log.truncate(facts.get("log", 0))  # lines of steps that are made once more
+    with open(out / "log.jsonl" if first else os.devnull, "ab", buffering=0) as log, ExitStack() as stack:
+        if first:
+            log.truncate(facts.get("log", 0))  # lines of steps that are made once more
         window: list[dict[str, Tensor]] = []  # what train_step returned since the last line of the log
-        bar = tqdm(total=total * cfg.batch_size, initial=facts.get("step", 0) * cfg.batch_size, unit=" sentences", unit_scale=True, disable=None)
+        bar = tqdm(total=total * cfg.batch_size, initial=facts.get("step", 0) * cfg.batch_size, unit=" sentences", unit_scale=True, disable=None if first else True)
         if "step" in facts:
             window = restore(tensors, model, optimizer)
             scaler.load_state_dict(facts["scaler"])
+        elif not first:
+            facts["step"] = 0
         else:
             facts |= {"before": score.test(encoder), "step": 0, "best": -math.inf, "best_step": 0}
             facts["first_last"] = score.test(lambda texts: encoder(texts, "avg_first_last"))  # the usual floor of Table 1
@@ -638,18 +680,27 @@ def fit(cfg: Config, name: str, out: Path, model: TrainingModel, score, sentence
         while (step := facts["step"]) < total:
             epoch, number = divmod(step, steps_per_epoch)
             positions = np.arange(number * cfg.batch_size, min((number + 1) * cfg.batch_size, len(sentences)))  # the last may be few (SPEC 1.3)
-            x, mask = sentences.batch(shuffled(positions, len(sentences), cfg.seed, epoch))
-            seed_of_step = int(np.random.SeedSequence([cfg.seed, step, 1]).generate_state(1)[0])
-            random = torch.Generator().manual_seed(seed_of_step)
-            x_masked, selected = mask_tokens(x, tokenizer, cfg.mask_ratio, cfg.mask, random)
-            batch = (x, mask, x_masked, selected)
+            rows = shuffled(positions, len(sentences), cfg.seed, epoch)
+            x, mask = sentences.batch(rows)
+            x_masked, selected = mask_tokens(x, tokenizer, cfg.mask_ratio, cfg.mask, torch.Generator().manual_seed(seed_of(cfg.seed, step, 1)))
+            mine = ranks.part(len(rows))
+            batch = tuple(t[mine.start * V : mine.stop * V] for t in (x, mask, x_masked, selected))
+            room = Room(sentences=len(rows))
             if device.type == "cuda":  # pinned memory: the copy runs beside the last step's work
+                room = padded_room(cfg, tokenizer, batch, V, len(rows))
                 batch = tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
             else:
                 batch = tuple(t.to(device) for t in batch)
-            lr = cfg.lr * (total - step) / total
-            window.append(train_step(model, optimizer, scaler, batch, sentences.views, lr, amp))
+            torch.manual_seed(seed_of(cfg.seed, step, 2 + ranks.rank()))  # dropout
+            set_rate(optimizer, lr := cfg.lr * (total - step) / total)
+            window.append(step_of(batch, room))
             facts["step"] = step = step + 1
+            stop.signal = ranks.largest(stop.signal)
+            if not first:
+                window.clear()
+                if stop.signal:
+                    sys.exit(128 + stop.signal)
+                continue
             timed += 1
             bar.update(cfg.batch_size)
 
@@ -693,6 +744,8 @@ def fit(cfg: Config, name: str, out: Path, model: TrainingModel, score, sentence
                 sys.exit(128 + stop.signal)
         bar.close()
 
+    if not first:
+        return {}, {}
     model.encoder.load_state_dict(load_bert(out / "best").state_dict())
     rows = {"before": facts["before"], "before, first-last average": facts["first_last"], "after": score.test(encoder)}
     write_atomically(out / "best" / "README.md", card(rows))
@@ -704,6 +757,26 @@ def fit(cfg: Config, name: str, out: Path, model: TrainingModel, score, sentence
     write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
     (out / STATE).unlink()
     return results, rows
+
+
+def seed_of(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # which a CUDA graph reads
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Each layer by torch.compile. All are the same code: it is compiled once for each way in which they are called, and not once for each layer."""
+    torch._dynamo.config.recompile_limit = 64
+    for module in model.modules():
+        if isinstance(module, Layer):
+            module.compile()
 
 
 def machine(device: torch.device) -> dict[str, str | int]:

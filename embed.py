@@ -222,7 +222,8 @@ def encode(bert: Bert, tokenizer: Tokenizer, sentences: Sequence[str], pooling: 
     bert.eval()
     try:
         with (tqdm(total=len(sentences), desc="encoding", unit=" sentences", leave=False,
-                   disable=None if (len(sentences) >= 5000 if progress is None else progress) else True) as bar):
+                   disable=None if (len(sentences) >= 5000 if progress is None else progress) else True) as bar,
+              torch.compiler.set_stance("force_eager")):  # every batch has a shape of its own
             for first in range(0, len(sentences), CHUNK):
                 ids = tokenizer(sentences[first : first + CHUNK], longest)
                 order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))

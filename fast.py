@@ -1,15 +1,17 @@
-"""What makes it fast on a CPU: three functions, each equal to a plain one of PyTorch, which is taken wherever it is as good.
+"""What makes it fast. Three functions, each equal to a plain one of PyTorch, which is taken wherever it is as good; and a GPU's step as one graph.
 
-    linear      F.linear, by oneDNN, forward and back: PyTorch multiplies fp32 by MKL, which is slower on some CPUs
-    dropout     F.dropout, whose random numbers are 16 bits each and not a float
-    best_words  the argmax (or a draw) of a product with the vocabulary, a few rows at a time: the logits are never all there
+    linear      F.linear, by oneDNN, forward and back: on a CPU PyTorch multiplies fp32 by MKL, which is slower on some
+    dropout     F.dropout, whose random numbers on a CPU are 16 bits each and not a float
+    best_words  the argmax (or a draw) of a product with the vocabulary, on a CPU a few rows at a time: the logits are never all there
+    Captured    a training step as a CUDA graph
 
 The rest of what is saved is in bert.py: padding, and last layers of tokens that nobody asks for (Bert.forward).
-Not here: GPUs, whose PyTorch functions are as fast; there a step is one graph (graph.py).
 """
 
 import platform
+from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -103,3 +105,50 @@ def best_words(x: Tensor, words: Tensor, bias: Tensor, temperature: float | None
             draw = torch.rand(len(rows), 1, device=x.device, dtype=reached.dtype) * reached[:, -1:]
             best.append(torch.searchsorted(reached, draw, right=True).squeeze(1).clamp_max(len(words) - 1))
     return torch.cat(best) if best else x.new_zeros(0, dtype=torch.int64)
+
+
+def why_not_compiled(device: torch.device) -> str:
+    """What torch.compile lacks on this machine; empty: nothing."""
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        get_cpp_compiler()
+        if device.type == "cuda" and find_spec("triton") is None:
+            return "PyTorch's compiler cannot work here (triton is not installed)"
+    except Exception as error:  # torch's own kind, of a private name
+        return f"PyTorch's compiler cannot work here ({str(error).splitlines()[0][:100]})"
+    return ""
+
+
+class Captured:
+    """A training step as one CUDA graph for each shape of its batch: the host launches one thing and not thousands.
+
+    step(batch, room) -> dict of (), as diffcse.train_step. The first batch of a shape is computed as usual, which also is the warm-up that
+    a capture wants; the second is captured, which computes nothing, and replayed. So every batch is computed once, as without graphs.
+    What changes from step to step must be in the batch or in tensors that are there before: weights, moments, the rate.
+    """
+
+    def __init__(self, step: Callable[..., dict[str, Tensor]]):
+        self.step, self.graphs = step, {}
+        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()  # one pool: graphs are never replayed at once
+
+    def __call__(self, batch: tuple[Tensor, ...], room: tuple) -> dict[str, Tensor]:
+        key = (room, *(tensor.shape for tensor in batch))
+        if key not in self.graphs:
+            self.graphs[key] = None
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                sums = self.step(batch, room)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return sums
+        if self.graphs[key] is None:
+            graph, inputs = torch.cuda.CUDAGraph(), tuple(tensor.clone() for tensor in batch)
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                sums = self.step(inputs, room)
+                values = torch.stack([value.float() for value in sums.values()])
+            self.graphs[key] = graph, inputs, list(sums), values
+        graph, inputs, names, values = self.graphs[key]
+        for mine, given in zip(inputs, batch):
+            mine.copy_(given, non_blocking=True)
+        graph.replay()
+        return dict(zip(names, values.clone().unbind()))  # the next replay writes over them

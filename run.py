@@ -111,21 +111,17 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict] | None:
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, window: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """All tensors that the rest of a run depends on. window: what each step since the last line of the log has to say for the next.
 
-    Not the generator: it is as its folder has it. Nor Python's and numpy's random numbers, which are not used: batches and masks are
-    functions of (seed, epoch) and (seed, step).
+    Not the generator: it is as its folder has it. Nor random numbers: batches, masks and dropout are functions of (seed, epoch) and (seed, step).
     """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items() if not name.startswith("generator.")}
     for i, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
-    tensors["rng.cpu"] = torch.get_rng_state()  # of dropout
-    if (device := next(model.parameters()).device.type) != "cpu":
-        tensors[f"rng.{device}"] = torch.get_device_module(device).get_rng_state()
     return tensors | {f"window.{name}": torch.stack([sums[name].float() for sums in window]) for name in (window[0] if window else ())}
 
 
 def restore(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
     """What state_of has told, put back. Returns the window."""
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "rng": {}, "window": {}}
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "window": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = tensor
@@ -136,10 +132,7 @@ def restore(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim
         i, _, kind = name.partition(".")
         moments.setdefault(int(i), {})[kind] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    torch.set_rng_state(parts["rng"]["cpu"])
     device = next(model.parameters()).device
-    if device.type != "cpu" and device.type in parts["rng"]:  # a run may go on elsewhere than it began
-        torch.get_device_module(device).set_rng_state(parts["rng"][device.type])
     window = {name: tensor.to(device) for name, tensor in parts["window"].items()}
     return [dict(zip(window, row)) for row in zip(*window.values())]
 
@@ -157,6 +150,8 @@ class Stop:
 
     def _note(self, number: int, frame) -> None:
         self.signal = number
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun sends what the terminal has sent once more, and itself kills who does not stop
+            return
         signal.signal(signal.SIGINT, signal.default_int_handler)  # not what was before: a shell lets its background jobs ignore it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         print("\nstopping after this step; once more stops at once", file=sys.stderr, flush=True)

@@ -238,7 +238,8 @@ def test_step_is_adamw_without_weight_decay_after_clipping(tiny):
     model.double(), twin.double()
     moments = {}
     for t, lr in ((1, 3e-3), (2, 2e-3), (3, 1e-3)):
-        sums = diffcse.train_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch, 2, lr, None)
+        diffcse.set_rate(optimizer, lr)
+        sums = diffcse.train_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch, None, 2, None)
         twin.zero_grad()
         twin(*batch)[0].backward()
         grads = {n: p.grad for n, p in twin.named_parameters() if p.grad is not None}
@@ -443,7 +444,7 @@ def test_a_mistake_is_one_line_and_exit_code_2():
 
 
 def test_imports_go_one_way_and_need_nothing_else():
-    order = ["fast", "bert", "data", "embed", "eval_sts", "eval_transfer", "docs", "run", "diffcse"]
+    order = ["fast", "ranks", "bert", "data", "embed", "eval_sts", "eval_transfer", "docs", "run", "diffcse"]
     outside = {"torch", "numpy", "tokenizers", "huggingface_hub", "tqdm"}
     lab = sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in (ROOT / "lab").glob("*.py"))  # sees all of the core
     for i, name in enumerate(order + lab):

@@ -33,12 +33,12 @@ def crash_at(monkeypatch, steps: int, error=Crash) -> None:
     """The next process dies before its step of that number: train_step raises."""
     real, made = diffcse.train_step, []
 
-    def train_step(*args):
+    def train_step(*args, **more):
         if len(made) == steps:
             monkeypatch.setattr(diffcse, "train_step", real)
             raise error
         made.append(0)
-        return real(*args)
+        return real(*args, **more)
 
     monkeypatch.setattr(diffcse, "train_step", train_step)
 
@@ -93,9 +93,9 @@ def test_states_that_are_old_cost_steps_and_nothing_else(run, tmp_path, monkeypa
     monkeypatch.setattr(diffcse, "save_state", save_state)
     step = diffcse.train_step
 
-    def train_step(*args):
+    def train_step(*args, **more):
         now[0] += 200 if len(saved) == 1 else 0  # 5 minutes are over after two steps, and never again
-        return step(*args)
+        return step(*args, **more)
 
     monkeypatch.setattr(diffcse, "train_step", train_step)
     crash_at(monkeypatch, 6)
@@ -160,11 +160,11 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(run, tmp_path, m
     run(out_dir=str(tmp_path / "whole"))
     real, made, before = diffcse.train_step, [], [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
 
-    def train_step(*args):
+    def train_step(*args, **more):
         made.append(0)
         if len(made) == 3:
             os.kill(os.getpid(), number)
-        return real(*args)
+        return real(*args, **more)
 
     monkeypatch.setattr(diffcse, "train_step", train_step)
     with pytest.raises(SystemExit) as exit:
@@ -180,12 +180,12 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(run, tmp_path, m
 def test_a_second_signal_stops_at_once(run, tmp_path, monkeypatch):  # noqa: F811
     real, made = diffcse.train_step, []
 
-    def train_step(*args):
+    def train_step(*args, **more):
         made.append(0)
         if len(made) == 3:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
-        return real(*args)
+        return real(*args, **more)
 
     monkeypatch.setattr(diffcse, "train_step", train_step)
     with pytest.raises(KeyboardInterrupt):
@@ -241,11 +241,11 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
 def test_a_folder_that_is_deleted_stops_the_run(run, tmp_path, monkeypatch):  # noqa: F811
     real, made = diffcse.train_step, []
 
-    def train_step(*args):
+    def train_step(*args, **more):
         made.append(0)
         if len(made) == 3:
             shutil.rmtree(tmp_path / "out")
-        return real(*args)
+        return real(*args, **more)
 
     monkeypatch.setattr(diffcse, "train_step", train_step)
     with pytest.raises(UserError, match="out was deleted while the run wrote to it: training stopped"):
@@ -293,8 +293,8 @@ def test_a_damaged_state_is_refused(tmp_path, content, says):
 def test_a_loss_that_is_no_number_stops_the_run_and_the_last_good_state_stays(run, tmp_path, monkeypatch, what, says):  # noqa: F811
     real, made = diffcse.train_step, []
 
-    def train_step(*args):
-        sums = real(*args)
+    def train_step(*args, **more):
+        sums = real(*args, **more)
         made.append(0)
         return sums | {what: torch.tensor(math.nan)} if len(made) == 4 else sums
 

@@ -88,10 +88,11 @@ def spy_on_steps(monkeypatch) -> list[dict]:
     """What every train_step of the runs to come was given, and the norm of the gradient it stepped with."""
     steps, real = [], diffcse.train_step
 
-    def train_step(model, optimizer, scaler, batch, V, lr, amp):
+    def train_step(model, optimizer, scaler, batch, room, V, amp):
+        lr = optimizer.param_groups[0]["lr"]
         given = [t.clone() for t in batch]
         G = None if model.generator is None else {n: t.clone() for n, t in model.generator.state_dict().items()}
-        sums = real(model, optimizer, scaler, batch, V, lr, amp)
+        sums = real(model, optimizer, scaler, batch, room, V, amp)
         assert all(map(torch.equal, given, batch))  # x is never changed
         if G is not None:
             assert all(torch.equal(t, G[n]) for n, t in model.generator.state_dict().items()) and not any(p.requires_grad for p in model.generator.parameters())
@@ -212,7 +213,7 @@ def test_lambda_0_updates_the_encoder_as_simcse_with_batchnorm_from_the_same_ran
     parameters = [*encoder.parameters(), *projector.parameters()]
     theirs, ours = (torch.optim.AdamW(ps, lr=1e-3, weight_decay=0.0) for ps in (parameters, model.train().parameters()))
     torch.manual_seed(9)
-    diffcse.train_step(model, ours, torch.amp.GradScaler("cpu", enabled=False), (ids, mask, ids, mask), 2, 1e-3, None)
+    diffcse.train_step(model, ours, torch.amp.GradScaler("cpu", enabled=False), (ids, mask, ids, mask), None, 2, None)
     torch.manual_seed(9)
     c = encoder(ids, mask, tokens=bert.places(mask), wanted=torch.arange(16) * ids.shape[1])  # so that dropout throws the same dice
     z = F.normalize(projector(c), dim=-1)
@@ -352,7 +353,7 @@ def test_a_scaled_loss_is_unscaled_before_it_is_clipped(tiny):
     for scale in (False, True):
         model, batch = model_and_batch(tiny, clip=1e-3)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)  # unlike AdamW it sees the gradient's size
-        sums = diffcse.train_step(model, optimizer, torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scale), batch, 2, 1.0, None)
+        sums = diffcse.train_step(model, optimizer, torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scale), batch, None, 2, None)
         results.append([sums["grad_norm"], *(p.detach().clone() for p in model.parameters())])
     assert results[0][0] > 1e-3  # so that clipping matters
     for plain, scaled in zip(*results):
