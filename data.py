@@ -79,11 +79,17 @@ class Tokenizer:
             raise UserError(f"{folder}: the vocabulary has no {style[ids.index(None)]}")
         self.cls, self.sep, self.pad, self.mask, self.unk = ids
         self.special_ids = ids
+        self.last: tuple = ([], 0, [])  # what was asked last, and its answer: a training run evaluates the same sentences again and again
 
     def __call__(self, sentences: list[str], max_length: int) -> list[list[int]]:
         """Ids of each sentence, [CLS] and [SEP] included in the at most max_length (SPEC 1.2). Runs in parallel."""
         if max_length < 2:
             raise UserError(f"max_length is {max_length}: [CLS] and [SEP] alone take 2")
+        if self.last[:2] != (sentences, max_length):
+            self.last = (sentences[:], max_length, self._ids(sentences, max_length))
+        return self.last[2]
+
+    def _ids(self, sentences: list[str], max_length: int) -> list[list[int]]:
         self.backend.enable_truncation(max_length)
         try:
             return [encoding.ids for encoding in self.backend.encode_batch_fast(sentences)]

@@ -27,8 +27,8 @@ def has_onednn() -> bool:
 
 def by_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether linear() is worth oneDNN: fp32 on a CPU, and neither autocast nor a compiler has its own plan."""
-    return (x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0 and has_onednn()
-            and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling())  # fmt: skip
+    return (not torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+            and x.numel() > 0 and not torch.is_autocast_enabled("cpu") and has_onednn())  # fmt: skip
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
