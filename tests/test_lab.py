@@ -1,19 +1,24 @@
 """lab/reproduce.py and lab/plots.py: the search, the table, what is skipped; plots that open."""
 
 import argparse
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from bert import UserError
+from bert import BertConfig, UserError
+from data import run_main
 from diffcse import Config, parse_args
 from eval_sts import TEST_SETS
 from lab import plots, reproduce
@@ -163,6 +168,100 @@ def test_bench_measures_a_large_index_and_says_what_is_missing(tmp_path, monkeyp
     (tmp_path / "empty.txt").touch()
     with pytest.raises(UserError, match="empty.txt: no sentences in it"):
         bench.read_text(str(tmp_path / "empty.txt"))
+
+
+def test_the_products_of_a_step_are_counted():
+    """By hand; and by PyTorch, of the step on transformers."""
+    pytest.importorskip("transformers", reason="the step that is counted is written on it")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from lab import steps
+
+    # 4 rows of 3 tokens: a layer has 4*16 + 2*4*16 parameters and two products of attention, 12 * (2 * 192 + 4 * 3 * 4) = 5184;
+    # the projector makes 4 * 2 * (4*8 + 8*4) = 512, the cosines 2*2 * 2*4 = 32, the head 12 * 2 * 4*2 = 192, the words 12 * 2 * (4*4 + 4*10) = 1344
+    size = BertConfig("bert", 10, 4, 1, 1, 16)
+    assert steps.flops(size, size, steps.READINGS["published"], 4, 3) == 3 * (5184 + 512 + 32 + 5184 + 192) + 5184 + 1344
+    assert steps.flops(size, size, steps.READINGS["paper"], 4, 3) == 3 * (5184 + 512 + 32 + (5184 + 192) // 2) + (5184 + 1344) // 2
+    assert [round(steps.flops(*steps.SIZES["base"], cfg, 128, 32) / 1e12, 2) for cfg in steps.READINGS.values()] == [4.75, 3.43]
+    mask = torch.arange(7) < torch.tensor([7, 7, 5, 5, 3, 3])[:, None]
+    x, selected = torch.randint(5, 90, mask.shape) * mask, mask & (torch.rand(mask.shape) < 0.5)
+    for family, cfg in itertools.product(("bert", "distilbert"), steps.READINGS.values()):
+        sizes = BertConfig("bert", 90, 16, 2, 2, 64), BertConfig(family, 90, 16, 1, 2, 64)
+        cfg = replace(cfg, generator_dropout=True)  # without it attention is a kernel that PyTorch does not count
+        step = steps.theirs(sizes, cfg, argparse.Namespace(cls=2, sep=3), torch.device("cpu"), None)
+        with FlopCounterMode(display=False) as counter:
+            step((x, mask, x.masked_fill(selected, 4), selected))
+        assert counter.get_total_flops() == steps.flops(*sizes, cfg, *x.shape)
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """lab.bench with all that it measures made tiny, in this process; and a text."""
+    pytest.importorskip("transformers", reason="what ours is compared with")
+    from lab import bench, steps
+
+    sizes = BertConfig("bert", 8200, 16, 1, 2, 32), BertConfig("distilbert", 8200, 16, 1, 2, 32)
+    monkeypatch.setitem(bench.SIZES, "mini", sizes)
+    monkeypatch.setattr(steps, "WORDS", 8200)
+    for name, cfg in bench.READINGS.items():
+        monkeypatch.setitem(bench.READINGS, name, replace(cfg, batch_size=4))
+    monkeypatch.setitem(bench.WIDTH, "cpu", 64)
+    monkeypatch.setattr(bench, "alone", lambda work, *arguments, seconds=0: work(*arguments))
+    (tmp_path / "text.txt").write_text("".join(f"sentence number {i} of some\n" for i in range(70)))
+    return bench
+
+
+def test_bench_compares_steps(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", "step", "--text", str(tmp_path / "text.txt"), "--sizes", "mini", "--rounds", "2", "--steps", "1", "--json", str(tmp_path / "out.json")])
+    tiny.main()
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [line.split(" | ")[:2] for line in table[2:]] == [["| mini", "published"], ["| mini", "paper"]] and len({line.count("|") for line in table}) == 1
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["command_line"].startswith("python -m lab.bench step --text") and result["machine"]["torch"] == torch.__version__
+    for row in result["rows"]:
+        assert row["ratio"]["least"] <= row["ratio"]["median"] <= row["ratio"]["most"] and len(row["rounds"]["ours"]) == 2
+        assert min(row["ms_per_step"].values()) > 0 and row["peak_gflops"] > 0 and min(row["MB"].values()) > 50
+    assert result["rows"][0]["gflop_per_step"] > result["rows"][1]["gflop_per_step"]
+
+
+def test_bench_compares_evaluations(tiny, made):
+    from bert import Bert
+    from embed import Opened, save_model
+
+    pytest.importorskip("sentence_transformers", reason="what ours is compared with")
+    cfg = replace(tiny.SIZES["mini"][0], initializer_range=0.3)  # vectors that are told apart in fp32
+    torch.manual_seed(0)
+    save_model(Opened(Bert(cfg), tiny.whole_vocabulary(), "cls_before_pooler", 128), made / "model")
+    result = tiny.bench_evaluate(argparse.Namespace(model=str(made / "model"), data=str(made), rounds=1))
+    assert result["largest_difference"] < 0.1 and result["ratio"]["median"] > 0 and set(result["scores"]) == {"score", "STSB-dev", "SICKR-dev"}
+
+
+def test_bench_gpu_without_one(tiny, tmp_path, monkeypatch, capsys):
+    """Its parts are a CPU's here; one that fails is told, and the others go on."""
+    monkeypatch.setattr(tiny, "KINDS", [("off", False), ("fp8", False)])
+    result = tiny.gpu(str(tmp_path / "text.txt"), torch.device("cpu"), tiny.SIZES["mini"], sentences=80, rounds=1, steps=1)
+    assert result["peak"]["bf16_gflops"] > 0 and result["step"][0]["ms_per_step"]["ours"] > 0 and "KeyError: 'fp8'" in result["step"][1]["failed"]
+    assert result["schedule"]["steps"] == result["schedule"]["of"] == 4 and result["schedule"]["minutes"] > 0
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) == 4 and table[2].startswith("| off | ")
+
+    rows = [{"step": 0, "seconds": 9, "score": 1}, *({"step": step, "seconds": seconds, "loss": 1} for step, seconds in ((1, 60), (100, 70), (200, 80), (300, 90)))]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert tiny.extrapolated(tmp_path / "log.jsonl", 31_250) == {"steps": 300, "of": 31_250, "minutes": 53.1}  # 70 seconds, and 31,150 steps at a tenth of one
+    assert tiny.extrapolated(tmp_path / "nothing", 9) == {"steps": 0, "of": 9, "minutes": None}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench", "gpu", "--text", str(tmp_path / "text.txt")])
+    with pytest.raises(SystemExit, match="2"):
+        run_main(tiny.main)
+    assert capsys.readouterr().err == "error: gpu: this PyTorch finds no CUDA card\n"
+
+
+def test_what_lasts_too_long_is_ended():
+    from lab import bench
+
+    with pytest.raises(BrokenProcessPool):
+        bench.alone(time.sleep, 100, seconds=1)
 
 
 def test_soak_reads_memory_and_open_files(tmp_path):

@@ -1,0 +1,141 @@
+"""One step of DiffCSE, twice: ours, and as one would write it on transformers; and how many products either makes by the book.
+
+lab/bench.py times them. The switches are the same on both sides, and so are sizes, words and batches; that both have the same
+loss and gradients is what tests/test_step.py says of a third copy, which is written to be plain. Weights are random.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import diffcse
+from bert import Bert, BertConfig, BertForMaskedLM
+from data import TokenizedSentences, Tokenizer, find_model, mask_tokens, read_lines, shuffled
+from lab.reproduce import TABLE_1
+
+WORDS = 30_522  # bert-base's vocabulary
+
+
+def shape(layers: int, D: int, heads: int, family: str = "bert") -> BertConfig:
+    return BertConfig(family, WORDS, D, layers, heads, 4 * D)
+
+
+SIZES = {  # encoder and discriminator; generator
+    "mini": (shape(4, 256, 4), shape(4, 256, 4)),
+    "minilm": (shape(6, 384, 12), shape(6, 384, 12)),
+    "base": (shape(12, 768, 12), shape(6, 768, 12, "distilbert")),
+}
+Sizes = tuple[BertConfig, BertConfig]
+PAPER = TABLE_1[-1].flags | {"mask": "all", "views": "first", "protect_sep": "on"}  # and README's other switches, but for the sum, which costs the same
+READINGS = {"published": diffcse.Config(), "paper": diffcse.Config(**{name: diffcse.parse_field(name, value) for name, value in PAPER.items()})}
+
+
+def flops(encoder: BertConfig, generator: BertConfig, cfg: diffcse.Config, R: int, T: int) -> int:
+    """Multiplications and additions of the products in a textbook step of R rows of T tokens, padding included; backward is twice forward.
+
+    Ours makes fewer than are counted here: none of padding, of last layers that nobody asks for, of logits that nobody reads.
+    So its share of the machine's peak by this count is the useful work's, as of the other side, and not how busy the machine is.
+    """
+
+    def forward(bert: BertConfig, rows: int) -> int:
+        D = bert.hidden_size
+        linear = 4 * D * D + 2 * D * bert.intermediate_size  # parameters of a layer
+        return bert.num_hidden_layers * rows * T * (2 * linear + 4 * T * D)  # 4TD: a token's scores, and what it reads by them
+
+    D, edited = encoder.hidden_size, R if cfg.views == "both" else R // 2
+    projector = 2 * R * 4 * D * D
+    contrastive = 2 * (R // 2) ** 2 * D
+    discriminator = forward(encoder, edited) + edited * T * 2 * 2 * D
+    guesses = forward(generator, edited) + edited * T * 2 * (D * D + D * generator.vocab_size)
+    return 3 * (forward(encoder, R) + projector + contrastive + discriminator) + guesses
+
+
+def whole_vocabulary() -> Tokenizer:
+    """The small BERT's tokenizer with words of no text up to bert-base's number, so that as many logits are computed."""
+    tokenizer = Tokenizer(find_model("assets/small-bert"))
+    raw = json.loads(tokenizer.backend.to_str())
+    raw["model"]["vocab"] |= {f"[unused{i}]": i for i in range(tokenizer.vocab_size, WORDS)}
+    tokenizer.backend, tokenizer.vocab_size = tokenizers.Tokenizer.from_str(json.dumps(raw)), WORDS
+    return tokenizer
+
+
+def batches(text: str, cfg: diffcse.Config, tokenizer: Tokenizer, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """Batches of the text's first sentences, masked, without end. Shapes: x (R, T), mask, x_masked, selected likewise."""
+    lines = islice((line for line in read_lines(Path(text)) if line.strip()), 20_000)
+    sentences, random = TokenizedSentences(((line,) for line in lines), tokenizer, cfg.max_length), torch.Generator().manual_seed(0)
+    for start in itertools.count(0, cfg.batch_size):
+        x, mask = sentences.batch(shuffled(np.arange(start, start + cfg.batch_size) % len(sentences), len(sentences), 0, 0))
+        yield tuple(t.to(device) for t in (x, mask, *mask_tokens(x, tokenizer, cfg.mask_ratio, cfg.mask, random)))
+
+
+def our_step(model: diffcse.TrainingModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, amp: torch.dtype | None,
+             batch: tuple[Tensor, ...]) -> None:  # fmt: skip
+    diffcse.train_step(model, optimizer, scaler, batch, 2, model.cfg.lr, amp)
+
+
+def ours(sizes: Sizes, cfg: diffcse.Config, tokenizer: Tokenizer, device: torch.device, amp: torch.dtype | None, compiled: bool = False) -> Callable:
+    """A function that makes a step of a batch; random weights, and the optimizer of diffcse.fit."""
+    encoder, generator = sizes
+    model = diffcse.TrainingModel(cfg, Bert(encoder), tokenizer, BertForMaskedLM(generator), Bert(encoder)).to(device).train()
+    if compiled:
+        model.compile(dynamic=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, weight_decay=0.0, fused=True)
+    return partial(our_step, model, optimizer, torch.amp.GradScaler(device.type, enabled=amp == torch.float16), amp)
+
+
+def theirs(sizes: Sizes, cfg: diffcse.Config, tokenizer: Tokenizer, device: torch.device, amp: torch.dtype | None) -> Callable:
+    """The same on transformers' modules and PyTorch's, as one would write it with the paper at hand, with the same switches."""
+    import transformers
+
+    encoder, generator = (transformers.AutoConfig.for_model(**size.to_dict()) for size in sizes)
+    D = encoder.hidden_size
+    f, d = (transformers.AutoModel.from_config(encoder, add_pooling_layer=False).to(device).train() for _ in range(2))
+    g = transformers.AutoModelForMaskedLM.from_config(generator).to(device).train(cfg.generator_dropout).requires_grad_(False)
+    projector = nn.Sequential(nn.Linear(D, 2 * D, bias=False), nn.BatchNorm1d(2 * D), nn.ReLU(),
+                              nn.Linear(2 * D, D, bias=False), nn.BatchNorm1d(D, affine=False)).to(device)  # fmt: skip
+    head = nn.Linear(D, 2).to(device)
+    parameters = [p for module in (f, d, projector, head) for p in module.parameters()]
+    optimizer, scaler = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.0), torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    h = None  # of the step, for the hook
+    d.embeddings.register_forward_hook(lambda module, inputs, out: torch.cat([h[:, None], out[:, 1:]], 1))
+
+    def loss(x: Tensor, mask: Tensor, x_masked: Tensor, selected: Tensor) -> Tensor:
+        nonlocal h
+        h = projector(f(input_ids=x, attention_mask=mask.long()).last_hidden_state[:, 0])
+        u, v = F.normalize(h.view(-1, 2, D), dim=-1).unbind(1)
+        contrastive = F.cross_entropy(u @ v.T / cfg.temperature, torch.arange(len(u), device=device))
+        if cfg.views == "first":
+            x, mask, x_masked, selected, h = x[::2], mask[::2], x_masked[::2], selected[::2], h[::2]
+        with torch.no_grad():
+            logits = g(input_ids=x_masked, attention_mask=mask.long()).logits
+            edited = logits.argmax(-1) if cfg.edit == "argmax" else torch.multinomial(logits.float().softmax(-1).flatten(0, 1), 1).view_as(x)
+            edited = torch.where(selected, edited, x) if cfg.edit_scope == "masked" else edited
+            edited = torch.where(x == tokenizer.sep, x, edited) if cfg.protect_sep else edited
+            edited[:, 0] = tokenizer.cls
+            edited = edited * mask
+            labels = ((edited != x) & mask).long()
+            labels = labels if cfg.pads_in_loss else labels.masked_fill(~mask, -100)
+        said = head(d(input_ids=edited, attention_mask=mask.long()).last_hidden_state)
+        return contrastive + cfg.lam * F.cross_entropy(said.flatten(0, 1), labels.flatten())
+
+    def step(batch: tuple[Tensor, ...]) -> None:
+        with torch.autocast(device.type, dtype=amp or torch.bfloat16, enabled=amp is not None):
+            value = loss(*batch)
+        optimizer.zero_grad()
+        scaler.scale(value).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(parameters, cfg.clip)
+        scaler.step(optimizer)
+        scaler.update()
+
+    return step
