@@ -34,6 +34,7 @@ import shlex
 import sys
 import time
 import typing
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -460,6 +461,32 @@ def train_step(model: TrainingModel, optimizer: torch.optim.Optimizer, scaler: t
     return sums
 
 
+def stepper(model: TrainingModel, V: int, amp: torch.dtype | None, compiled: bool = False,
+            ) -> tuple[torch.optim.AdamW, torch.amp.GradScaler, Callable[..., dict[str, Tensor]]]:  # fmt: skip
+    """The optimizer [6], the scaler of fp16, and train_step as step(batch, room), on a GPU as a CUDA graph if it is compiled."""
+    device = model.encoder.device
+    captured = compiled and device.type == "cuda" and ranks.world() == 1
+    lr = model.cfg.lr
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
+                                  lr=torch.tensor(lr, device=device) if captured else lr, capturable=captured, fused=device.type in ("cpu", "cuda"))  # fmt: skip
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    step = partial(train_step, model, optimizer, scaler, V=V, amp=amp)
+    if compiled:
+        torch._dynamo.config.recompile_limit = 64
+        for module in model.modules():
+            if isinstance(module, Layer):  # all are the same code: compiled once for each way in which it is called, and not once for each layer
+                module.compile()
+    return optimizer, scaler, fast.Captured(step) if captured else step
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # which a CUDA graph reads
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # 5. The run: build, score, train, keep the best
 
@@ -632,16 +659,7 @@ def fit(cfg: Config, name: str, out: Path, model: TrainingModel, score, sentence
     if cfg.compile and why_not:
         raise UserError(f"--compile: {why_not}; --no-compile does without")
     compiled = device.type == "cuda" and not why_not if cfg.compile is None else cfg.compile
-    captured = compiled and device.type == "cuda" and ranks.world() == 1
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
-                                  lr=torch.tensor(cfg.lr, device=device) if captured else cfg.lr, capturable=captured,
-                                  fused=device.type in ("cpu", "cuda"))  # fmt: skip
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    step_of = partial(train_step, model, optimizer, scaler, V=V, amp=amp)
-    if compiled:
-        compile_layers(model)
-    if captured:
-        step_of = fast.Captured(step_of)
+    optimizer, scaler, make_step = stepper(model, V, amp, compiled)
     best_model = Opened(model.encoder, tokenizer, cfg.pooling, min(MAX_LENGTH, model.encoder.max_length))
 
     def encoder(texts: list[str], pooling: str = cfg.pooling) -> np.ndarray:
@@ -697,7 +715,7 @@ def fit(cfg: Config, name: str, out: Path, model: TrainingModel, score, sentence
                 batch = tuple(t.to(device) for t in batch)
             torch.manual_seed(seed_of(cfg.seed, step, 2 + ranks.rank()))  # dropout
             set_rate(optimizer, lr := cfg.lr * (total - step) / total)
-            window.append(step_of(batch, room))
+            window.append(make_step(batch, room))
             facts["step"] = step = step + 1
             stop.signal = ranks.largest(stop.signal)
             if not first:
@@ -765,22 +783,6 @@ def fit(cfg: Config, name: str, out: Path, model: TrainingModel, score, sentence
 
 def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):  # which a CUDA graph reads
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
-
-
-def compile_layers(model: nn.Module) -> None:
-    """Each layer by torch.compile. All are the same code: it is compiled once for each way in which they are called, and not once for each layer."""
-    torch._dynamo.config.recompile_limit = 64
-    for module in model.modules():
-        if isinstance(module, Layer):
-            module.compile()
 
 
 def machine(device: torch.device) -> dict[str, str | int]:

@@ -7,7 +7,6 @@ loss and gradients is what tests/test_step.py says of a third copy, which is wri
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -69,28 +68,22 @@ def whole_vocabulary() -> Tokenizer:
     return tokenizer
 
 
-def batches(text: str, cfg: diffcse.Config, tokenizer: Tokenizer, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
-    """Batches of the text's first sentences, masked, without end. Shapes: x (R, T), mask, x_masked, selected likewise."""
+def batches(text: str, cfg: diffcse.Config, tokenizer: Tokenizer, device: torch.device) -> Iterator[tuple[tuple[Tensor, ...], diffcse.Room]]:
+    """Batches of the text's first sentences, masked, without end, and their room. Shapes: x (R, T), mask, x_masked, selected likewise."""
     lines = islice((line for line in read_lines(Path(text)) if line.strip()), 20_000)
     sentences, random = TokenizedSentences(((line,) for line in lines), tokenizer, cfg.max_length), torch.Generator().manual_seed(0)
     for start in itertools.count(0, cfg.batch_size):
         x, mask = sentences.batch(shuffled(np.arange(start, start + cfg.batch_size) % len(sentences), len(sentences), 0, 0))
-        yield tuple(t.to(device) for t in (x, mask, *mask_tokens(x, tokenizer, cfg.mask_ratio, cfg.mask, random)))
-
-
-def our_step(model: diffcse.TrainingModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, amp: torch.dtype | None,
-             batch: tuple[Tensor, ...]) -> None:  # fmt: skip
-    diffcse.train_step(model, optimizer, scaler, batch, 2, model.cfg.lr, amp)
+        batch = (x, mask, *mask_tokens(x, tokenizer, cfg.mask_ratio, cfg.mask, random))
+        room = diffcse.padded_room(cfg, tokenizer, batch, 2, cfg.batch_size) if device.type == "cuda" else diffcse.Room()
+        yield tuple(t.to(device) for t in batch), room
 
 
 def ours(sizes: Sizes, cfg: diffcse.Config, tokenizer: Tokenizer, device: torch.device, amp: torch.dtype | None, compiled: bool = False) -> Callable:
-    """A function that makes a step of a batch; random weights, and the optimizer of diffcse.fit."""
+    """A function that makes a step of a batch and its room; random weights, all else as in diffcse.fit."""
     encoder, generator = sizes
     model = diffcse.TrainingModel(cfg, Bert(encoder), tokenizer, BertForMaskedLM(generator), Bert(encoder)).to(device).train()
-    if compiled:
-        model.compile(dynamic=True)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, weight_decay=0.0, fused=True)
-    return partial(our_step, model, optimizer, torch.amp.GradScaler(device.type, enabled=amp == torch.float16), amp)
+    return diffcse.stepper(model, 2, amp, compiled)[2]
 
 
 def theirs(sizes: Sizes, cfg: diffcse.Config, tokenizer: Tokenizer, device: torch.device, amp: torch.dtype | None) -> Callable:
@@ -128,7 +121,7 @@ def theirs(sizes: Sizes, cfg: diffcse.Config, tokenizer: Tokenizer, device: torc
         said = head(d(input_ids=edited, attention_mask=mask.long()).last_hidden_state)
         return contrastive + cfg.lam * F.cross_entropy(said.flatten(0, 1), labels.flatten())
 
-    def step(batch: tuple[Tensor, ...]) -> None:
+    def step(batch: tuple[Tensor, ...], room: diffcse.Room) -> None:
         with torch.autocast(device.type, dtype=amp or torch.bfloat16, enabled=amp is not None):
             value = loss(*batch)
         optimizer.zero_grad()
