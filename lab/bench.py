@@ -1,13 +1,14 @@
 """How fast: ours against the same work on transformers and sentence-transformers, in turn in one process; and what a large index and a large corpus cost.
 
     python -m lab.bench step --text FILE [--sizes mini,minilm,base] [--readings published,paper] [--rounds 5] [--steps 3] [--device cpu] [--amp off] [--json FILE]
+    python -m lab.bench without --text FILE [--size mini] [--readings published,paper] [--rounds 5] [--steps 2] [--json FILE]   # what each part gives
     python -m lab.bench evaluate MODEL --data DIR [--rounds 5] [--json FILE]
     python -m lab.bench gpu --text FILE [--json FILE]                # in less than ten minutes all that is said of a GPU
     python -m lab.bench encode MODEL --text FILE [--sentences 20000] [--rounds 5] [--json FILE]
     python -m lab.bench search --text FILE [--sentences 1000000] [--width 256] [--json FILE]
     python -m lab.bench corpus --text FILE [--sentences 100000,1000000,10000000] [--json FILE]
 
-A figure of speed is a ratio: the machine's own moods meet both. The first four want `pip install -r requirements-dev.txt`.
+A figure of speed is a ratio: the machine's own moods meet both. All but without, search and corpus want `pip install -r requirements-dev.txt`.
 """
 
 import argparse
@@ -30,10 +31,12 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from itertools import cycle, islice
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -46,7 +49,7 @@ from data import TokenizedSentences, Tokenizer, find_model, read_lines, run_main
 from embed import MAX_LENGTH, DiffCSE, Opened, encode, open_model, save_model
 from eval_sts import FILES, count, listed
 from lab.reproduce import ROOT
-from lab.steps import READINGS, SIZES, Sizes, batches, flops, ours, theirs, whole_vocabulary
+from lab.steps import READINGS, SIZES, WITHOUT, Sizes, batches, flops, ours, theirs, whole_vocabulary
 
 
 def needs(library: str, command: str) -> None:
@@ -273,6 +276,48 @@ def bench_step(args: argparse.Namespace) -> dict:
     return {"device": args.device, "amp": args.amp, "rows": rows, "transformers": version("transformers")}
 
 
+def without(name: str) -> AbstractContextManager:
+    """Inside, ours is made and does its steps without that part of what makes it fast."""
+    return patch.object(*WITHOUT[name]) if name else nullcontext()
+
+
+def compare_without(sizes: Sizes, reading: str, text: str, rounds: int, steps: int) -> dict[str, list[float]]:
+    """Seconds of each round's steps: of ours ("") and of ours without each part in turn."""
+    cfg, tokenizer, device, step = READINGS[reading], whole_vocabulary(), torch.device("cpu"), {}
+    draw = batches(text, cfg, tokenizer, device)
+    blocks = [list(islice(draw, 1)), *(list(islice(draw, steps)) for _ in range(rounds))]
+    seconds: dict[str, list[float]] = {name: [] for name in ("", *WITHOUT)}
+    for block in blocks:
+        for name in seconds:
+            with without(name):
+                if name not in step:
+                    torch.manual_seed(0)
+                    step[name] = ours(sizes, cfg, tokenizer, device, None)
+                seconds[name].append(timed(partial(steps_of, step[name], block, device))[0])
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def memory_without(name: str, *arguments) -> int:
+    with without(name):
+        return memory("ours", *arguments)
+
+
+def bench_without(args: argparse.Namespace) -> dict:
+    """What a step costs without each part of what makes it fast on a CPU."""
+    read_text(args.text)
+    sizes, rows = SIZES[args.size], []
+    for reading in args.readings:
+        seconds = alone(compare_without, sizes, reading, args.text, args.rounds, args.steps)
+        header("reading", "without", "times as slow (rounds)", "ms a step", "MB")
+        for name, values in seconds.items():
+            MB = alone(memory_without, name, sizes, reading, args.text, torch.device("cpu"), "off")
+            rows.append({"reading": reading, "without": name, "ratio": spread(b / a for a, b in zip(seconds[""], values)),
+                         "ms_per_step": round(1e3 * statistics.median(values) / args.steps), "MB": MB})  # fmt: skip
+            ratio = rows[-1]["ratio"]
+            row(reading, name or "(nothing)", f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})", rows[-1]["ms_per_step"], MB)
+    return {"size": args.size, "rows": rows}
+
+
 def bench_evaluate(args: argparse.Namespace) -> dict:
     """What training spends on a score, STS-B dev: by StsScore and by sentence-transformers' evaluator."""
     needs("sentence_transformers", "evaluate")
@@ -419,6 +464,8 @@ SEED = {"type": int, "default": 0}
 BENCHES = {
     "step": (bench_step, "a step of training, against transformers", {"--text": TEXT, "--sizes": names(SIZES), "--readings": names(READINGS), "--rounds": number(5), "--steps": number(3),
              "--device": {"choices": ["cpu", "cuda"], "default": "cpu"}, "--amp": {"choices": list(AMPS), "default": "off"}}),
+    "without": (bench_without, "a step without each part of what makes it fast", {"--text": TEXT, "--size": {"choices": list(SIZES), "default": "mini", "help": "(default: %(default)s)"},
+                "--readings": names(READINGS), "--rounds": number(5), "--steps": number(2)}),
     "evaluate": (bench_evaluate, "a score during training, against sentence-transformers",
                  {"model": {"metavar": "MODEL"}, "--data": {"required": True, "metavar": "DIR", "help": "folder with SentEval's data"}, "--rounds": number(5)}),
     "gpu": (bench_gpu, "in less than ten minutes all that is said of a GPU", {"--text": TEXT}),

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import diffcse
-from bert import Bert, BertConfig, BertForMaskedLM
+import fast
+from bert import Bert, BertConfig, BertForMaskedLM, Grid
 from data import TokenizedSentences, Tokenizer, find_model, mask_tokens, read_lines, shuffled
 from lab.reproduce import TABLE_1
 
@@ -84,6 +85,30 @@ def ours(sizes: Sizes, cfg: diffcse.Config, tokenizer: Tokenizer, device: torch.
     encoder, generator = sizes
     model = diffcse.TrainingModel(cfg, Bert(encoder), tokenizer, BertForMaskedLM(generator), Bert(encoder)).to(device).train()
     return diffcse.stepper(model, 2, amp, compiled)[2]
+
+
+def padded(self: Bert, ids: Tensor, mask=None, cls_vector=None, all_layers=False, tokens=None, wanted=None) -> Tensor:
+    """Bert.forward that computes padding too."""
+    x = FORWARD(self, ids, mask, cls_vector, all_layers, None, wanted)
+    return x if tokens is None or wanted is not None else x.flatten(0, 1)[tokens]
+
+
+def whole_last_layer(self: Bert, ids: Tensor, mask=None, cls_vector=None, all_layers=False, tokens=None, wanted=None) -> Tensor:
+    """Bert.forward that computes its last layer for every token."""
+    x = FORWARD(self, ids, mask, cls_vector, all_layers, tokens, None)
+    return x if wanted is None else Grid(*ids.shape, mask, tokens, None).spread(x.flatten(0, -2), tokens).flatten(0, 1)[wanted]
+
+
+FORWARD, LINEAR, ADAMW = Bert.forward, fast.linear, torch.optim.AdamW
+WITHOUT = {  # what makes a step fast on a CPU: how to do without it
+    "padding left out": (Bert, "forward", padded),
+    "last layers where they are read": (Bert, "forward", whole_last_layer),
+    "oneDNN's products": (fast, "has_onednn", lambda: False),
+    "dropout by 16 bits": (fast, "dropout", F.dropout),
+    "logits of 256 tokens at a time": (fast, "ROWS", 1 << 30),
+    "GELU computed twice": (fast, "linear", lambda x, weight, bias, gelu=False: LINEAR(F.gelu(x) if gelu else x, weight, bias)),
+    "AdamW and clipping in one pass": (torch.optim, "AdamW", lambda *args, **settings: ADAMW(*args, **settings | {"fused": False})),
+}  # fmt: skip
 
 
 def theirs(sizes: Sizes, cfg: diffcse.Config, tokenizer: Tokenizer, device: torch.device, amp: torch.dtype | None) -> Callable:

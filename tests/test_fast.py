@@ -1,5 +1,6 @@
 """Fast equals plain: each function beside the one of PyTorch that it stands for, work left out beside work done, a whole step beside itself."""
 
+import contextlib
 import math
 
 import pytest
@@ -202,3 +203,89 @@ def test_a_fast_step_is_the_plain_step(how, room, monkeypatch):
         torch.testing.assert_close(sums[name].double(), sums_plain[name].double(), rtol=1e-5, atol=1e-6)
     fast_way, plain_way = (torch.cat([g[name].double().flatten() for name in grads]) for g in (grads, grads_plain))
     assert relative(fast_way, plain_way) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------- compiled, captured
+
+
+@pytest.mark.skipif(bool(fast.why_not_compiled(torch.device("cpu"))), reason="no C++ compiler for torch.compile")
+def test_a_compiled_step_is_the_plain_step():
+    """By PyTorch's compiler on the CPU, without a break in its graphs, and forced back to plain code where sentences are encoded."""
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(5)
+        cfg = diffcse.Config(lam=0.5, temperature=0.5, generator_dropout=False)
+        ours = diffcse.TrainingModel(cfg, model("bert", 1), Words, bert.BertForMaskedLM(model("bert", 2).cfg), model("bert", 1)).train()
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        optimizer, _, step = diffcse.stepper(ours, 2, None, compiled)
+        diffcse.set_rate(optimizer, 1e-4)
+        curve = []
+        for seed in range(3):
+            torch.manual_seed(seed)
+            x, mask = batch()
+            selected = mask & (torch.rand(mask.shape) < 0.4) & (x > 5)
+            curve.append(step((x, mask, x.masked_fill(selected, Words.mask), selected), None))
+        results.append(curve)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
+    for plain, other in zip(*results):
+        for name in plain:
+            torch.testing.assert_close(other[name], plain[name], rtol=1e-4, atol=1e-5)
+
+
+class FakeGraph:
+    """Stands for a CUDA graph: what its capture has noted is done at each replay, and written over what the last one wrote."""
+
+    def replay(self) -> None:
+        self.values.copy_(self.work())
+
+
+def test_a_captured_step_computes_every_batch_once(monkeypatch):
+    """On a GPU the shapes of a batch and its room have a graph each. Here by a stand-in: each step is done once, on its own batch, none on another's."""
+    done, capturing = [], []
+
+    @contextlib.contextmanager
+    def graph(made, pool, stream):
+        capturing.append(made)
+        yield
+        capturing.clear()
+
+    class Stream:
+        def wait_stream(self, other) -> None:
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+
+    def step(batch, room):
+        def work() -> torch.Tensor:
+            done.append((room, batch[0].tolist()))
+            return torch.stack([batch[0].sum(), batch[0].max()]).float()
+
+        if not capturing:
+            return dict(zip(("sum", "max"), work()))
+        capturing[0].work = work
+        return {"sum": torch.zeros(()), "max": torch.zeros(())}
+
+    real = torch.stack
+
+    def stack(tensors):  # the tensor that a replay writes to
+        values = real(tensors)
+        if capturing:
+            capturing[0].values = values
+        return values
+
+    monkeypatch.setattr(fast.torch, "stack", stack)
+    captured, given, got = fast.Captured(step), [], []
+    for i, (n, room) in enumerate([(3, 1), (3, 1), (4, 1), (3, 1), (3, 2), (4, 1), (3, 2), (4, 1), (3, 1)]):
+        x = torch.arange(n) * (i + 1)
+        given.append((room, x.tolist()))
+        got.append(captured((x,), room))
+    assert done == given and len(captured.graphs) == 3
+    for (_, x), sums in zip(given, got):  # also those of earlier steps: nothing was written over
+        assert {name: float(value) for name, value in sums.items()} == {"sum": sum(x), "max": max(x)}

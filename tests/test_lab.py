@@ -21,7 +21,7 @@ from bert import BertConfig, UserError
 from data import run_main
 from diffcse import Config, parse_args
 from eval_sts import TEST_SETS
-from lab import plots, reproduce
+from lab import plots, reproduce, steps
 
 ROOT = Path(__file__).parent.parent
 
@@ -175,7 +175,6 @@ def test_the_products_of_a_step_are_counted():
     pytest.importorskip("transformers", reason="the step that is counted is written on it")
     from torch.utils.flop_counter import FlopCounterMode
 
-    from lab import steps
 
     # 4 rows of 3 tokens: a layer has 4*16 + 2*4*16 parameters and two products of attention, 12 * (2 * 192 + 4 * 3 * 4) = 5184;
     # the projector makes 4 * 2 * (4*8 + 8*4) = 512, the cosines 2*2 * 2*4 = 32, the head 12 * 2 * 4*2 = 192, the words 12 * 2 * (4*4 + 4*10) = 1344
@@ -222,6 +221,27 @@ def test_bench_compares_steps(tiny, tmp_path, monkeypatch, capsys):
         assert row["ratio"]["least"] <= row["ratio"]["median"] <= row["ratio"]["most"] and len(row["rounds"]["ours"]) == 2
         assert min(row["ms_per_step"].values()) > 0 and row["peak_gflops"] > 0 and min(row["MB"].values()) > 50
     assert result["rows"][0]["gflop_per_step"] > result["rows"][1]["gflop_per_step"]
+
+
+def test_a_step_without_each_part_is_the_same_step(tiny, tmp_path, monkeypatch):
+    """The figures of lab.bench without are of the same work: with dropout at 0 every way has the same losses; and all are put back."""
+    import bert
+    import fast
+
+    before = bert.Bert.forward, fast.linear, fast.dropout, fast.has_onednn, fast.ROWS, torch.optim.AdamW
+    cfg = replace(steps.READINGS["paper"], dropout=0.0, edit="argmax")
+    losses = {}
+    for name in ("", *steps.WITHOUT):
+        with tiny.without(name):
+            torch.manual_seed(0)
+            step = steps.ours(tiny.SIZES["mini"], cfg, tiny.whole_vocabulary(), torch.device("cpu"), None)
+            draw = steps.batches(str(tmp_path / "text.txt"), cfg, tiny.whole_vocabulary(), torch.device("cpu"))
+            losses[name] = [float(step(*next(draw))["loss"]) for _ in range(3)]
+    assert before == (bert.Bert.forward, fast.linear, fast.dropout, fast.has_onednn, fast.ROWS, torch.optim.AdamW)
+    for name, values in losses.items():
+        assert values == pytest.approx(losses[""], rel=1e-4), name
+    seconds = tiny.compare_without(tiny.SIZES["mini"], "published", str(tmp_path / "text.txt"), 2, 1)
+    assert set(seconds) == {"", *steps.WITHOUT} and all(len(values) == 2 and min(values) > 0 for values in seconds.values())
 
 
 def test_bench_compares_evaluations(tiny, made):
