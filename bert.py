@@ -213,7 +213,7 @@ class Layer(nn.Module):
 
 def places(where: Tensor, count: int | None = None) -> Tensor:
     """The places of True, row by row. Shapes: (B, T) bool -> (n,) int64, or (count,): with others behind them, so that a GPU need not wait for n."""
-    return torch.argsort(~where.flatten(), stable=True)[: int(where.sum()) if count is None else count]
+    return torch.argsort((~where).flatten().byte(), stable=True)[: int(where.sum()) if count is None else count]
 
 
 class Embeddings(nn.Module):

@@ -34,6 +34,7 @@ import shlex
 import sys
 import time
 import typing
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
@@ -471,6 +472,8 @@ def stepper(model: TrainingModel, V: int, amp: torch.dtype | None, compiled: boo
                                   lr=torch.tensor(lr, device=device) if captured else lr, capturable=captured, fused=device.type in ("cpu", "cuda"))  # fmt: skip
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     step = partial(train_step, model, optimizer, scaler, V=V, amp=amp)
+    if captured:
+        warnings.filterwarnings("ignore", ".*capturable=True")  # the first step of a shape is not captured, on purpose
     if compiled:
         torch._dynamo.config.recompile_limit = 64
         for module in model.modules():
