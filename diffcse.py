@@ -548,6 +548,8 @@ def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype | None]:
         raise UserError(f"--device {name}: this PyTorch finds none; there is {', '.join(n for n in here if here[n])}")
     if (name, cfg.amp) in (("cpu", "fp16"), ("mps", "fp16"), ("mps", "bf16")):
         raise UserError(f"--amp {cfg.amp} is not for {name}; leave it at auto or off" + ", or take bf16" * (name == "cpu"))
+    if cfg.compile and (why_not := fast.why_not_compiled(torch.device(name))):
+        raise UserError(f"--compile: {why_not}; --no-compile does without")
     if cfg.amp == "off" or name != "cuda" and cfg.amp == "auto":
         return torch.device(name), None
     bf16 = cfg.amp == "bf16" or cfg.amp == "auto" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -658,11 +660,7 @@ def fit(cfg: Config, name: str, out: Path, model: TrainingModel, score, sentence
               + f" ({str(amp).removeprefix('torch.') if amp else 'fp32'}), seed {cfg.seed}, into {out}"
               + f", from step {facts.get('step', 0)} on" * bool(cfg.resume))  # fmt: skip
 
-    why_not = fast.why_not_compiled(device)
-    if cfg.compile and why_not:
-        raise UserError(f"--compile: {why_not}; --no-compile does without")
-    compiled = device.type == "cuda" and not why_not if cfg.compile is None else cfg.compile
-    optimizer, scaler, make_step = stepper(model, V, amp, compiled)
+    optimizer, scaler, make_step = stepper(model, V, amp, cfg.compile or cfg.compile is None and device.type == "cuda" and not fast.why_not_compiled(device))
     best_model = Opened(model.encoder, tokenizer, cfg.pooling, min(MAX_LENGTH, model.encoder.max_length))
 
     def encoder(texts: list[str], pooling: str = cfg.pooling) -> np.ndarray:

@@ -419,6 +419,9 @@ def test_flags_and_saved_configs(tmp_path):
         with pytest.raises(UserError, match=says) as error:
             parse_args(["--config", str(tmp_path / "c.json")])
         assert "c.json" in str(error.value)
+    for words, expected in ((["--compile"], True), (["--no-compile"], False), (["--compile", "off"], False), (["--compile", "--steps", "3"], True), ([], None)):
+        assert diffcse.parse_args(["--config", "demo", *words])[1].compile is expected
+    assert diffcse.parse_args(["--config", "demo", "--no-generator-dropout"])[1].generator_dropout is False
     assert parse_field("dropout", None) is None and parse_field("generator_dropout", "off") is False and parse_field("steps", "12") == 12
 
 
@@ -453,3 +456,10 @@ def test_imports_go_one_way_and_need_nothing_else():
         used |= {node.module.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         extra = {"embed": {"faiss"}, "lab/plots": {"matplotlib", "lab"}, "lab/analysis": {"lab"}, "lab/bench": {"sentence_transformers", "lab"}, "lab/steps": {"transformers", "lab"}}.get(name, set())
         assert used - sys.stdlib_module_names <= outside | set(order[:i]) | extra, name
+
+
+def test_compile_without_a_compiler_is_refused_before_anything_is_made(monkeypatch, tmp_path):
+    monkeypatch.setattr(fast, "why_not_compiled", lambda device: "PyTorch's compiler cannot work here (no g++)")
+    with pytest.raises(UserError, match=r"--compile: PyTorch's compiler cannot work here \(no g\+\+\); --no-compile does without"):
+        diffcse.train(Config(compile=True, device="cpu", out_dir=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists() and diffcse.pick_device(Config(device="cpu"))[0].type == "cpu"
