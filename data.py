@@ -489,7 +489,9 @@ def run_main(main) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            os._exit(2)  # at once, and torchrun stops the other ranks: they may be waiting for this one
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

@@ -476,6 +476,7 @@ def stepper(model: TrainingModel, V: int, amp: torch.dtype | None, compiled: boo
         warnings.filterwarnings("ignore", ".*capturable=True")  # the first step of a shape is not captured, on purpose
     if compiled:
         torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.specialize_float = True  # rates of dropout, which differ between models
         for module in model.modules():
             if isinstance(module, Layer):  # all are the same code: compiled once for each way in which it is called, and not once for each layer
                 module.compile()
@@ -590,10 +591,12 @@ def check_finite(window: list[dict[str, Tensor]], step: int, scaler: torch.amp.G
         if scaler.get_scale() < 1:
             raise UserError(f"fp16 overflows at every step up to {step}, at any scale: {advice}")
         return
-    for i, sums in enumerate(window, step - len(window) + 1):
-        if broken := [name for name in ("contrastive", "replaced_token", "grad_norm") if name in sums and not sums[name].isfinite()]:
-            what = {"contrastive": "the contrastive loss", "replaced_token": "the replaced-token loss", "grad_norm": "the gradient"}[broken[0]]
-            raise UserError(f"{what} is not a number at step {i}: {advice}")
+    what = {"contrastive": "the contrastive loss", "replaced_token": "the replaced-token loss", "grad_norm": "the gradient"}
+    names = [name for name in what if window and name in window[-1]]
+    finite = torch.stack([torch.stack([sums[name].isfinite() for name in names]) for sums in window]).tolist() if window else []  # (steps, names)
+    for i, row in enumerate(finite, step - len(window) + 1):
+        if not all(row):
+            raise UserError(f"{what[names[row.index(False)]]} is not a number at step {i}: {advice}")
 
 
 def train(cfg: Config, name: str = "run") -> dict:
@@ -689,7 +692,8 @@ def fit(cfg: Config, name: str, out: Path, model: TrainingModel, score, sentence
         bar = tqdm(total=total * cfg.batch_size, initial=facts.get("step", 0) * cfg.batch_size, unit=" sentences", unit_scale=True, disable=None if first else True)
         if "step" in facts:
             window = restore(tensors, model, optimizer)
-            scaler.load_state_dict(facts["scaler"])
+            if scaler.is_enabled() and facts["scaler"]:  # a run may go on in another precision, on another device
+                scaler.load_state_dict(facts["scaler"])
         elif not first:
             facts["step"] = 0
         else:
@@ -709,7 +713,7 @@ def fit(cfg: Config, name: str, out: Path, model: TrainingModel, score, sentence
             mine = ranks.part(len(rows))
             batch = tuple(t[mine.start * V : mine.stop * V] for t in (x, mask, x_masked, selected))
             room = Room(sentences=len(rows))
-            if device.type == "cuda":  # pinned memory: the copy runs beside the last step's work
+            if device.type == "cuda":  # pinned memory: the host goes on while the last step is at work
                 room = padded_room(cfg, tokenizer, batch, V, len(rows))
                 batch = tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
             else:
@@ -722,6 +726,7 @@ def fit(cfg: Config, name: str, out: Path, model: TrainingModel, score, sentence
             if not first:
                 window.clear()
                 if stop.signal:
+                    ranks.largest(0)  # rank 0 has saved: torchrun may kill it when another has ended
                     sys.exit(128 + stop.signal)
                 continue
             timed += 1
@@ -762,6 +767,7 @@ def fit(cfg: Config, name: str, out: Path, model: TrainingModel, score, sentence
                 saved = time.time()
             since += time.time() - scoring  # neither is training
             if stop.signal:
+                ranks.largest(0)
                 bar.close()
                 print(f"stopped after step {step} of {total}. To go on: python diffcse.py --resume {shlex.quote(str(out))}", file=sys.stderr)
                 sys.exit(128 + stop.signal)

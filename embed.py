@@ -23,6 +23,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -223,7 +224,7 @@ def encode(bert: Bert, tokenizer: Tokenizer, sentences: Sequence[str], pooling: 
     try:
         with (tqdm(total=len(sentences), desc="encoding", unit=" sentences", leave=False,
                    disable=None if (len(sentences) >= 5000 if progress is None else progress) else True) as bar,
-              torch.compiler.set_stance("force_eager")):  # every batch has a shape of its own
+              torch.compiler.set_stance("force_eager") if any(layer._compiled_call_impl for layer in bert.layers) else nullcontext()):  # shapes vary
             for first in range(0, len(sentences), CHUNK):
                 ids = tokenizer(sentences[first : first + CHUNK], longest)
                 order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))

@@ -9,9 +9,10 @@ The rest of what is saved is in bert.py: padding, and last layers of tokens that
 """
 
 import platform
+import sysconfig
 from collections.abc import Callable
 from functools import cache
-from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -111,10 +112,14 @@ def why_not_compiled(device: torch.device) -> str:
     """What torch.compile lacks on this machine; empty: nothing."""
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch.utils._triton import has_triton
 
         get_cpp_compiler()
-        if device.type == "cuda" and find_spec("triton") is None:
-            return "PyTorch's compiler cannot work here (triton is not installed)"
+        header = Path(sysconfig.get_path("include")) / "Python.h"
+        if not header.exists():
+            return f"PyTorch's compiler wants {header}, of Python's package for developers"
+        if device.type == "cuda" and not has_triton():
+            return "PyTorch's compiler wants triton, and a card that it knows"
     except Exception as error:  # torch's own kind, of a private name
         return f"PyTorch's compiler cannot work here ({str(error).splitlines()[0][:100]})"
     return ""
@@ -143,7 +148,7 @@ class Captured:
             return sums
         if self.graphs[key] is None:
             graph, inputs = torch.cuda.CUDAGraph(), tuple(tensor.clone() for tensor in batch)
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            with torch.compiler.set_stance("eager_on_recompile"), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 sums = self.step(inputs, room)
                 values = torch.stack([value.float() for value in sums.values()])
             self.graphs[key] = graph, inputs, list(sums), values

@@ -12,6 +12,7 @@ Not here: gradients sent while the backward pass still runs, and weights kept in
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -40,7 +41,8 @@ def joined(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        if not isinstance(sys.exc_info()[1], Exception):  # else the others are at work: they would have to come for a farewell
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -57,7 +59,7 @@ def from_rank_0(value):
     """What rank 0 has, on every rank."""
     values = [value]
     if world() > 1:
-        dist.broadcast_object_list(values, device=torch.device("cpu"))
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
     return values[0]
 
 

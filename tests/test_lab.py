@@ -258,12 +258,12 @@ def test_bench_compares_evaluations(tiny, made):
 
 def test_bench_gpu_without_one(tiny, tmp_path, monkeypatch, capsys):
     """Its parts are a CPU's here; one that fails is told, and the others go on."""
-    monkeypatch.setattr(tiny, "KINDS", [("off", False), ("fp8", False)])
+    monkeypatch.setattr(tiny, "KINDS", [("off", False), ("fp8", False), ("bf16", False)])
     result = tiny.gpu(str(tmp_path / "text.txt"), torch.device("cpu"), tiny.SIZES["mini"], sentences=80, rounds=1, steps=1)
     assert result["peak"]["bf16_gflops"] > 0 and result["step"][0]["ms_per_step"]["ours"] > 0 and "KeyError: 'fp8'" in result["step"][1]["failed"]
     assert result["schedule"]["steps"] == result["schedule"]["of"] == 4 and result["schedule"]["minutes"] > 0
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(table) == 4 and table[2].startswith("| off | ")
+    assert len(table) == 5 and table[2].startswith("| off | ")
 
     rows = [{"step": 0, "seconds": 9, "score": 1}, *({"step": step, "seconds": seconds, "loss": 1} for step, seconds in ((1, 60), (100, 70), (200, 80), (300, 90)))]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
