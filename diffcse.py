@@ -36,7 +36,7 @@ import time
 import typing
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -767,9 +767,10 @@ def fit(cfg: Config, name: str, out: Path, model: TrainingModel, score, sentence
                 saved = time.time()
             since += time.time() - scoring  # neither is training
             if stop.signal:
-                ranks.largest(0)
                 bar.close()
-                print(f"stopped after step {step} of {total}. To go on: python diffcse.py --resume {shlex.quote(str(out))}", file=sys.stderr)
+                print(f"stopped after step {step} of {total}. To go on: python diffcse.py --resume {shlex.quote(str(out))}", file=sys.stderr, flush=True)
+                with suppress(RuntimeError):  # the others wait for this, or have gone already
+                    ranks.largest(0)
                 sys.exit(128 + stop.signal)
         bar.close()
 

@@ -132,7 +132,7 @@ def test_torchrun_gives_the_run_of_one_process_and_can_be_stopped(tmp_path):
         time.sleep(0.2)
     running.send_signal(signal.SIGTERM)
     errors = running.communicate(timeout=120)[1]
-    assert errors.count("To go on: python diffcse.py --resume") == 1
+    assert errors.count("To go on: python diffcse.py --resume") == 1, errors
     step = int(re.search(r"stopped after step (\d+) of 1000", errors)[1])
     assert (tmp_path / "stopped" / "state.safetensors").is_file() and step >= 2
 
