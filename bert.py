@@ -22,7 +22,7 @@ import mmap
 import operator
 import os
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -151,12 +151,12 @@ class Grid:
         """The list of a padded batch. Shapes: (B, T, D), (n,) -> (n, D)."""
         return x.flatten(0, 1) if places is None else x.flatten(0, 1)[places]
 
-    def wanted_tokens(self) -> Tensor | None:
-        """Where in the list of tokens the wanted ones are, (n,)."""
-        if self.tokens is None or self.wanted is None:
-            return self.wanted
+    def listed(self, places: Tensor | None) -> Tensor | None:
+        """Where in the list of tokens these places are. Shapes: (n,) -> (n,)."""
+        if self.tokens is None or places is None:
+            return places
         number = torch.arange(len(self.tokens), device=self.tokens.device)
-        return self.tokens.new_zeros(self.B * self.T).index_copy(0, self.tokens, number)[self.wanted]
+        return self.tokens.new_zeros(self.B * self.T).index_copy(0, self.tokens, number)[places]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -170,7 +170,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: flo
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention. Shapes: (N, D) -> (N, D), or (n, D) of the grid's wanted ones where `last`."""
+    """Multi-head attention. Shapes: (N, D) and those who ask (n, D) -> (n, D)."""
 
     def __init__(self, cfg: BertConfig):
         super().__init__()
@@ -284,9 +284,8 @@ class Bert(nn.Module):
         grid = Grid(B, T, None if mask is None else mask.bool(), tokens, wanted)
         x = self.embeddings(ids, tokens)  # (N, D)
         if cls_vector is not None:
-            firsts = replace(grid, wanted=torch.arange(B, device=ids.device) * T).wanted_tokens()  # (B,)
-            x = x.index_copy(0, firsts, cls_vector.to(x.dtype))
-        states, wanted = [x], grid.wanted_tokens()
+            x = x.index_copy(0, grid.listed(torch.arange(B, device=ids.device) * T), cls_vector.to(x.dtype))
+        states, wanted = [x], grid.listed(wanted)
         for layer in self.layers:
             x = layer(x, grid, wanted if layer is self.layers[-1] else None)
             if all_layers:

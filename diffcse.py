@@ -340,6 +340,10 @@ def edit_sentences(generator: BertForMaskedLM, x: Tensor, x_masked: Tensor, sele
     return x_edited, (x_edited != x) & mask
 
 
+def edited_rows(cfg: Config, V: int) -> slice:
+    return slice(None) if cfg.views == "both" else slice(None, None, V)
+
+
 def asked_of(cfg: Config, x: Tensor, mask: Tensor, selected: Tensor, tokenizer: Tokenizer) -> Tensor:
     """Where the generator's token is taken: not for [CLS], nor for padding. Shapes: x (R, T) ids; mask, selected (R, T) bool -> (R, T) bool."""
     asked = mask.clone() if cfg.edit_scope == "all" else selected.clone()
@@ -350,7 +354,7 @@ def asked_of(cfg: Config, x: Tensor, mask: Tensor, selected: Tensor, tokenizer: 
 def padded_room(cfg: Config, tokenizer: Tokenizer, batch: tuple[Tensor, ...], V: int, sentences: int, multiple: int = 512) -> Room:
     """The room of a batch that is still on the CPU. Shapes: batch: x, mask, x_masked, selected, each (R, T)."""
     x, mask, _, selected = batch
-    edited = slice(None) if cfg.views == "both" else slice(None, None, V)
+    edited = edited_rows(cfg, V)
     asked = asked_of(cfg, x[edited], mask[edited], selected[edited], tokenizer)
     return Room(*(min(-(-int(where.sum()) // multiple) * multiple, where.numel()) for where in (mask, mask[edited], asked)), sentences)
 
@@ -410,7 +414,7 @@ class TrainingModel(nn.Module):
         """
         cfg, room = self.cfg, room or Room()
         B = room.sentences or len(x) // V
-        rows = slice(ranks.part(B).start * V, ranks.part(B).stop * V)  # this rank's
+        rows = ranks.part(B, V)  # this rank's
         firsts = torch.arange(len(x), device=x.device) * x.shape[1]  # (R,): where [CLS] stands
         c = self.encoder(x, mask, tokens=places(mask, room.tokens), wanted=firsts)  # (R, D): the embedding that is used afterwards
         h = self.projector(ranks.gather(c, rows, B * V))  # (R, D)
@@ -419,7 +423,7 @@ class TrainingModel(nn.Module):
         sums = {"loss": contrastive.detach(), "contrastive": contrastive.detach(), "positive_cosine": positive.mean(),
                 "negative_cosine": (cosines.sum() - positive.sum()) / max(B * B - B, 1)}  # fmt: skip
         if cfg.lam > 0:
-            edited = slice(None) if cfg.views == "both" else slice(None, None, V)
+            edited = edited_rows(cfg, V)
             x, mask, x_masked, selected, h = x[edited], mask[edited], x_masked[edited], selected[edited], h[rows][edited]
             x_edited, replaced = edit_sentences(self.generator, x, x_masked, selected, mask, self.tokenizer, cfg, room)
             tokens = None if cfg.pads_in_loss else places(mask, room.edited)  # (N,): what the loss is over
@@ -710,8 +714,7 @@ def fit(cfg: Config, name: str, out: Path, model: TrainingModel, score, sentence
             rows = shuffled(positions, len(sentences), cfg.seed, epoch)
             x, mask = sentences.batch(rows)
             x_masked, selected = mask_tokens(x, tokenizer, cfg.mask_ratio, cfg.mask, torch.Generator().manual_seed(seed_of(cfg.seed, step, 1)))
-            mine = ranks.part(len(rows))
-            batch = tuple(t[mine.start * V : mine.stop * V] for t in (x, mask, x_masked, selected))
+            batch = tuple(t[ranks.part(len(rows), V)] for t in (x, mask, x_masked, selected))
             room = Room(sentences=len(rows))
             if device.type == "cuda":  # pinned memory: the host goes on while the last step is at work
                 room = padded_room(cfg, tokenizer, batch, V, len(rows))

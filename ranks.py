@@ -48,10 +48,10 @@ def joined(device: torch.device) -> Iterator[None]:
 @contextlib.contextmanager
 def rank_0_first() -> Iterator[None]:
     """The others come when it is through: what it has fetched and tokenised is there then."""
-    if world() > 1 and rank() > 0:
+    if rank() > 0:
         largest(0)
     yield
-    if world() > 1 and rank() == 0:
+    if rank() == 0:
         largest(0)
 
 
@@ -72,9 +72,9 @@ def largest(number: int) -> int:
     return int(numbers)
 
 
-def part(n: int) -> slice:
-    """Which of n things are this rank's: parts in the order of the ranks, whose lengths differ by at most one. May be none."""
-    return slice(n * rank() // world(), n * (rank() + 1) // world())
+def part(n: int, rows: int = 1) -> slice:
+    """Which of n things, of so many rows each, are this rank's: parts in the order of the ranks, whose lengths differ by at most one thing. May be none."""
+    return slice(n * rank() // world() * rows, n * (rank() + 1) // world() * rows)
 
 
 def total(x: Tensor) -> Tensor:

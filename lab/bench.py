@@ -255,10 +255,14 @@ def header(*cells: str) -> None:
     row(*cells), row(*["---"] * len(cells))
 
 
+def ranged(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})"
+
+
 def told(result: dict) -> list[str]:
     """Of what compare() returns, the cells that every table has."""
-    ratio, share = result["ratio"], result["share_of_peak"]
-    return [f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})", f"{100 * share['ours']:.0f} and {100 * share['transformers']:.0f} %"]
+    share = result["share_of_peak"]
+    return [ranged(result["ratio"]), f"{100 * share['ours']:.0f} and {100 * share['transformers']:.0f} %"]
 
 
 def bench_step(args: argparse.Namespace) -> dict:
@@ -313,8 +317,7 @@ def bench_without(args: argparse.Namespace) -> dict:
             MB = alone(memory_without, name, sizes, reading, args.text, torch.device("cpu"), "off")
             rows.append({"reading": reading, "without": name, "ratio": spread(b / a for a, b in zip(seconds[""], values)),
                          "ms_per_step": round(1e3 * statistics.median(values) / args.steps), "MB": MB})  # fmt: skip
-            ratio = rows[-1]["ratio"]
-            row(reading, name or "(nothing)", f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})", rows[-1]["ms_per_step"], MB)
+            row(reading, name or "(nothing)", ranged(rows[-1]["ratio"]), rows[-1]["ms_per_step"], MB)
     return {"size": args.size, "rows": rows}
 
 
@@ -343,7 +346,7 @@ def bench_evaluate(args: argparse.Namespace) -> dict:
     if difference > 0.1:  # where many pairs are alike, rounding decides on their order
         raise UserError(f"{args.model}: the scores differ by {difference:.3f}: not the same work")
     ratio = spread(b / a for a, b in zip(*seconds.values()))
-    row("all", f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})", f"scores within {difference:.1g}")
+    row("all", ranged(ratio), f"scores within {difference:.1g}")
     return {"model": args.model, "pooling": opened.pooling, "ratio": ratio, "seconds": seconds, "scores": scores[0], "largest_difference": difference,
             "sentence_transformers": version("sentence-transformers")}  # fmt: skip
 
