@@ -53,8 +53,8 @@ from tqdm import tqdm
 import fast
 import ranks
 from bert import Bert, BertForMaskedLM, Layer, UserError, load_bert, places, read_json, write_atomically
-from data import (TokenizedSentences, Tokenizer, find_model, find_senteval, find_text, local_folder, mask_tokens, run_main,
-                  shuffled)  # fmt: skip
+from data import (TokenizedSentences, Tokenizer, find_model, find_senteval, find_text, local_folder, mask_tokens,
+                  read_running_text, read_with_next, run_main, shuffled)  # fmt: skip
 from embed import (MAX_LENGTH, POOLINGS, RUN_CONFIG, DiffCSE, Opened, check_pooling, encode,  # noqa: F401  (`from diffcse import
                    model_card, save_model)  # fmt: skip  DiffCSE` is how the tool is reached)
 from eval_sts import TEST_SETS, average, format_table, load_set, read_pairs, score_pairs
@@ -70,6 +70,7 @@ class Config:
     model: str = "bert-base-uncased"  # encoder and discriminator start here: a model folder or a Hub name
     generator: str = "distilbert-base-uncased"  # masked language model with the encoder's vocabulary; it stays fixed
     train_file: str = "wiki1m_for_simcse.txt"  # sentences: .txt, .csv, .tsv (also .gz, .xz), or 'docs': Python's documentation
+    text: Literal["sentences", "paragraphs"] = "sentences"  # the train file's lines; paragraphs are running text, split into sentences, with an empty line between documents
     data: str = ""  # folder with STS/ and SICK/ (and the train file): nothing is downloaded that lies there
     score: str = "stsb"  # what chooses the best checkpoint: stsb (dev: and the test sets stay shut), docs: finding documentation, or your own pairs: a .tsv or .csv
     dtype: Literal["fp32", "fp16"] = "fp32"  # of the best model's file; fp16 halves it
@@ -108,6 +109,13 @@ class Config:
     pads_in_loss: bool = True  # padding counts in the loss as "not replaced"; the paper sums over the sentence's tokens
     reduction: Literal["mean", "sum"] = "mean"  # of the replaced-token loss; the paper writes a sum, for which lam is far too large
 
+    # Ablations (paper Tables 3, 4 and 15; lab/ablations.py)
+    contrastive: bool = True  # off: the difference prediction alone
+    objective: Literal["replaced", "masked", "corrected"] = "replaced"  # what the discriminator says: which tokens were replaced; the masked tokens (conditional MLM); which were replaced, and what stood there (conditional corrective LM)
+    condition_on: Literal["same", "next", "both"] = "same"  # whose edit it sees beside h: that of h's own sentence, of the next one in the text, or of both
+    edit_with: Literal["replace", "insert", "delete", "all"] = "replace"  # how a sentence is edited; insert and delete that share of its tokens that mask_ratio says
+    edit_as: Literal["difference", "positive", "negative"] = "difference"  # what the edit is for: the discriminator, or one more positive or negative of the contrastive loss, weighted by lam
+
     # Looking at it
     pooling: Literal[POOLINGS] = "cls_before_pooler"  # the vector that is scored; training always uses [CLS]
     eval_every: int = 125  # steps between two scores; the best is kept
@@ -123,6 +131,10 @@ class Config:
             "dropout": (self.dropout is None or 0 <= self.dropout < 1, "at least 0 and below 1"),
             "lam": (0 <= self.lam < math.inf, "0 or above"),
             "hard_negative_weight": (math.isfinite(self.hard_negative_weight), "a finite number"),
+            "contrastive": (self.contrastive or self.lam > 0, "on where lam is 0: nothing else would be trained"),
+            "text": (self.text == "sentences" or self.train_file != "docs", "sentences for the documentation, which is taken sentence by sentence"),
+            "condition_on": (self.condition_on == "same" or self.text == "paragraphs", "same, unless --text paragraphs says that the train file keeps the order of its sentences"),
+            "objective": (self.objective == "replaced" or (self.edit_with, self.edit_as) == ("replace", "difference"), "replaced where --edit-with or --edit-as is given"),
             "seed": (0 <= self.seed < 1 << 63, "0 or above, below 2^63"),
             "steps": (self.steps is None or self.steps >= 1, "at least 1"),
             "save_minutes": (self.save_minutes >= 0, "0 or above"),
@@ -136,6 +148,17 @@ class Config:
             if not holds:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be {expected}")
         return self
+
+    def ablated(self) -> bool:
+        """Whether it is one of the paper's ablations, and not the difference prediction of h's own sentence, tokens replaced."""
+        return (self.objective, self.condition_on, self.edit_with, self.edit_as) != ("replaced", "same", "replace", "difference")
+
+    def generates(self) -> bool:
+        return self.objective != "masked" and self.edit_with != "delete"
+
+    def longest(self) -> int:
+        """Tokens that a sentence may have once it is edited."""
+        return self.max_length + (math.ceil(self.mask_ratio * (self.max_length - 2)) if self.edit_with in ("insert", "all") else 0)
 
 
 ROBERTA = dict(model="roberta-base", generator="distilroberta-base")
@@ -157,7 +180,7 @@ PRESETS = {
     "simcse_roberta": Config(**SIMCSE, **ROBERTA, lr=1e-5, batch_size=512),
     # The small BERT on sentences of Wikipedia: what the paper does, in minutes on a laptop. Small encoders want far larger
     # rates than bert-base (TACL 2023, SCT: 1e-4 to 5e-4).
-    "small": Config(model="assets/small-bert", generator="assets/small-bert", steps=100, lr=3e-4, eval_every=20, log_every=20),
+    "small": Config(model="assets/small-bert", generator="assets/small-bert", steps=100, lr=1e-4, lam=0.05, eval_every=20, log_every=20),
     # The embedded default: the small BERT that ships with the code learns from the documentation on this machine.
     # Rate and temperature were chosen on one half of the pairs: small encoders move within a few steps, and back.
     "demo": Config(model="assets/small-bert", generator="assets/small-bert", train_file="docs", score="docs",
@@ -353,6 +376,8 @@ def asked_of(cfg: Config, x: Tensor, mask: Tensor, selected: Tensor, tokenizer: 
 
 def padded_room(cfg: Config, tokenizer: Tokenizer, batch: tuple[Tensor, ...], V: int, sentences: int, multiple: int = 512) -> Room:
     """The room of a batch that is still on the CPU. Shapes: batch: x, mask, x_masked, selected, each (R, T)."""
+    if cfg.ablated():
+        return Room(sentences=sentences)
     x, mask, _, selected = batch
     edited = edited_rows(cfg, V)
     asked = asked_of(cfg, x[edited], mask[edited], selected[edited], tokenizer)
@@ -361,6 +386,9 @@ def padded_room(cfg: Config, tokenizer: Tokenizer, batch: tuple[Tensor, ...], V:
 
 # ----------------------------------------------------------------------------------------------------------------
 # 3. The difference prediction: which tokens of x'' are not those of x?
+
+
+Prediction = tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]  # a loss (), and shares for the log, each as numerator () and denominator ()
 
 
 def replaced_token_loss(logits: Tensor, replaced: Tensor, mask: Tensor, pads_in_loss: bool = True,
@@ -375,8 +403,49 @@ def replaced_token_loss(logits: Tensor, replaced: Tensor, mask: Tensor, pads_in_
     return loss / ranks.total((labels != -100).sum()) if reduction == "mean" else loss  # the mean over all ranks' positions
 
 
+def discriminate(model: "TrainingModel", head: nn.Module, h: Tensor, x_edited: Tensor, replaced: Tensor, mask: Tensor, room: Room) -> Prediction:
+    """D reads x'' with h in place of its [CLS], and says of every token whether it was replaced (paper section 3).
+
+    Shapes: h (R, D); x_edited (R, T) ids; replaced, mask (R, T) bool.
+    """
+    cfg = model.cfg
+    tokens = None if cfg.pads_in_loss else places(mask, room.edited)  # (N,): what the loss is over
+    # h is not detached: through it the discriminator's gradient teaches the encoder. That is the method.
+    logits = head(model.discriminator(x_edited, mask, cls_vector=h, tokens=tokens)).view(-1, 2)  # (N, 2)
+    if tokens is not None:
+        replaced, mask = replaced.flatten()[tokens], mask.flatten()[tokens]
+    loss = replaced_token_loss(logits, replaced, mask, cfg.pads_in_loss, cfg.reduction)
+    said, replaced, mask = logits.argmax(-1).bool(), replaced.flatten(), mask.flatten()  # (N,)
+    kept = mask & ~replaced
+    return loss, {"share_replaced": (replaced.sum(), mask.sum()), "accuracy_replaced": ((said & replaced).sum(), replaced.sum()),
+                  "accuracy_kept": ((~said & kept).sum(), kept.sum())}  # fmt: skip
+
+
+def difference_prediction(model: "TrainingModel", h: Tensor, batch: tuple[Tensor, ...], V: int, room: Room) -> Prediction:
+    """The paper's objective beside the contrastive one: which tokens of x'' = G(x') are not those of x? The ablations have this signature too.
+
+    Shapes: h (R, D); batch: x, mask, x_masked, selected, each (R, T), rows sentence-major.
+    """
+    edited = edited_rows(model.cfg, V)
+    h, x, mask, x_masked, selected = (t[edited] for t in (h, *batch))
+    x_edited, replaced = edit_sentences(model.generator, x, x_masked, selected, mask, model.tokenizer, model.cfg, room)
+    return discriminate(model, model.head, h, x_edited, replaced, mask, room)
+
+
+def prediction_of(cfg: Config) -> Callable[..., Prediction]:
+    """difference_prediction, or the ablation that is asked for, which is imported then."""
+    if not cfg.ablated():
+        return difference_prediction
+    from lab import ablations
+
+    return ablations.pick(cfg)
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # 4. All of it
+
+OF = "/"  # "share/" is what "share" is a share of, both summed over steps before they are divided
+
 
 
 class TrainingModel(nn.Module):
@@ -386,15 +455,18 @@ class TrainingModel(nn.Module):
     """
 
     def __init__(self, cfg: Config, encoder: Bert, tokenizer: Tokenizer, generator: BertForMaskedLM | None = None,
-                 discriminator: Bert | None = None):  # fmt: skip
+                 discriminator: Bert | None = None, make_head: Callable[[int], nn.Module] | None = None):  # fmt: skip
         super().__init__()
         self.cfg, self.tokenizer = cfg, tokenizer
+        self.predict = prediction_of(cfg)
+        self.texts = 1 if cfg.condition_on == "same" else 2  # rows of a view: its sentence, then perhaps the next one
         D = encoder.cfg.hidden_size
         self.encoder = encoder
         self.projector = make_projector(cfg.projector, D, encoder.cfg.initializer_range)
         self.generator, self.discriminator = generator, discriminator
-        if cfg.lam > 0:
-            self.head = nn.Linear(D, 2)  # bare, with PyTorch's own start, unlike ELECTRA's (SPEC 3)
+        if discriminator is not None:
+            self.head = make_head(D) if make_head else nn.Linear(D, 2)  # bare, with PyTorch's own start, unlike ELECTRA's (SPEC 3)
+        if generator is not None:
             generator.requires_grad_(False)
         for bert in (encoder, discriminator):
             if bert is not None and cfg.dropout is not None:
@@ -414,31 +486,23 @@ class TrainingModel(nn.Module):
         """
         cfg, room = self.cfg, room or Room()
         B = room.sentences or len(x) // V
+        V //= self.texts
         rows = ranks.part(B, V)  # this rank's
-        firsts = torch.arange(len(x), device=x.device) * x.shape[1]  # (R,): where [CLS] stands
-        c = self.encoder(x, mask, tokens=places(mask, room.tokens), wanted=firsts)  # (R, D): the embedding that is used afterwards
+        own, own_mask = x[:: self.texts], mask[:: self.texts]  # f reads the sentences alone
+        firsts = torch.arange(len(own), device=x.device) * x.shape[1]  # (R,): where [CLS] stands
+        c = self.encoder(own, own_mask, tokens=places(own_mask, room.tokens), wanted=firsts)  # (R, D): the embedding that is used afterwards
         h = self.projector(ranks.gather(c, rows, B * V))  # (R, D)
         contrastive, cosines, positive = contrastive_loss(h.view(B, V, -1), cfg.temperature, cfg.hard_negative_weight)
-        loss = contrastive / ranks.world()  # all ranks compute it, and their gradients are added
-        sums = {"loss": contrastive.detach(), "contrastive": contrastive.detach(), "positive_cosine": positive.mean(),
+        loss = cfg.contrastive * contrastive / ranks.world()  # all ranks compute it, and their gradients are added
+        sums = {"loss": cfg.contrastive * contrastive.detach(), "contrastive": contrastive.detach(), "positive_cosine": positive.mean(),
                 "negative_cosine": (cosines.sum() - positive.sum()) / max(B * B - B, 1)}  # fmt: skip
         if cfg.lam > 0:
-            edited = edited_rows(cfg, V)
-            x, mask, x_masked, selected, h = x[edited], mask[edited], x_masked[edited], selected[edited], h[rows][edited]
-            x_edited, replaced = edit_sentences(self.generator, x, x_masked, selected, mask, self.tokenizer, cfg, room)
-            tokens = None if cfg.pads_in_loss else places(mask, room.edited)  # (N,): what the loss is over
-            # h is not detached: through it the discriminator's gradient teaches the encoder. That is the method.
-            logits = self.head(self.discriminator(x_edited, mask, cls_vector=h, tokens=tokens)).view(-1, 2)  # (N, 2)
-            if tokens is not None:
-                replaced, mask = replaced.flatten()[tokens], mask.flatten()[tokens]
-            rtd = replaced_token_loss(logits, replaced, mask, cfg.pads_in_loss, cfg.reduction)
-            loss = loss + cfg.lam * rtd
-            said, replaced, mask = logits.argmax(-1).bool(), replaced.flatten(), mask.flatten()  # (N,)
-            kept = mask & ~replaced
-            counts = {"replaced_token": rtd.detach(), "tokens": mask.sum(), "replaced": replaced.sum(), "kept": kept.sum(),
-                      "replaced_right": (said & replaced).sum(), "kept_right": (~said & kept).sum()}  # fmt: skip
-            sums |= zip(counts, ranks.total(torch.stack([count.to(rtd.dtype) for count in counts.values()])).unbind())
-            sums["loss"] = sums["loss"] + cfg.lam * sums["replaced_token"]
+            prediction, shares = self.predict(self, h[rows], (x, mask, x_masked, selected), V, room)
+            loss = loss + cfg.lam * prediction
+            counts = [prediction.detach(), *(count.to(prediction.dtype) for share in shares.values() for count in share)]
+            prediction, *counts = ranks.total(torch.stack(counts)).unbind()
+            names = [name for share in shares for name in (share, share + OF)]
+            sums |= {"prediction": prediction, **dict(zip(names, counts)), "loss": sums["loss"] + cfg.lam * prediction}
         return loss, sums
 
 
@@ -470,7 +534,7 @@ def stepper(model: TrainingModel, V: int, amp: torch.dtype | None, compiled: boo
             ) -> tuple[torch.optim.AdamW, torch.amp.GradScaler, Callable[..., dict[str, Tensor]]]:  # fmt: skip
     """The optimizer [6], the scaler of fp16, and train_step as step(batch, room), on a GPU as a CUDA graph if it is compiled."""
     device = model.encoder.device
-    captured = compiled and device.type == "cuda" and ranks.world() == 1
+    captured = compiled and device.type == "cuda" and ranks.world() == 1 and not model.cfg.ablated()  # whose shapes depend on draws
     lr = model.cfg.lr
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
                                   lr=torch.tensor(lr, device=device) if captured else lr, capturable=captured, fused=device.type in ("cpu", "cuda"))  # fmt: skip
@@ -505,19 +569,30 @@ def build(cfg: Config) -> tuple[TrainingModel, Tokenizer]:
     encoder = load_bert(folder)
     tokenizer = Tokenizer(folder).check_fits(folder, encoder.cfg.vocab_size)
     check_pooling(encoder, cfg.pooling)
-    if cfg.max_length > encoder.max_length:
-        raise UserError(f"--max-length is {cfg.max_length}: {cfg.model} has position embeddings for {encoder.max_length} tokens")
+    if cfg.longest() > encoder.max_length:
+        raise UserError(f"--max-length is {cfg.max_length}" + f", and --edit-with {cfg.edit_with} makes that {cfg.longest()}" * (cfg.longest() > cfg.max_length)
+                        + f": {cfg.model} has position embeddings for {encoder.max_length} tokens")  # fmt: skip
     if cfg.lam == 0:
         return TrainingModel(cfg, encoder, tokenizer), tokenizer
+    generator = load_generator(cfg, folder, tokenizer) if cfg.generates() else None
+    if not cfg.ablated():
+        return TrainingModel(cfg, encoder, tokenizer, generator, discriminator=load_bert(folder)), tokenizer
+    from lab import ablations
+
+    return TrainingModel(cfg, encoder, tokenizer, generator, *ablations.discriminator(cfg, folder)), tokenizer
+
+
+def load_generator(cfg: Config, folder: Path, tokenizer: Tokenizer) -> BertForMaskedLM:
+    """The generator for the encoder in that folder. Raises: UserError where they do not fit together."""
     generator_folder = find_model(cfg.generator)
     generator = load_bert(generator_folder, mlm=True)
     if generator_folder != folder and Tokenizer(generator_folder).vocabulary() != tokenizer.vocabulary():
         raise UserError(f"--generator {cfg.generator} has another vocabulary than --model {cfg.model}: ids are compared, so "
                         "take distilbert-base-uncased with bert-base-uncased, distilroberta-base with roberta-base")  # fmt: skip
-    if generator.cfg.vocab_size < tokenizer.vocab_size or cfg.max_length > generator.bert.max_length:
+    if generator.cfg.vocab_size < tokenizer.vocab_size or cfg.longest() > generator.bert.max_length:
         raise UserError(f"--generator {cfg.generator} has {generator.cfg.vocab_size} words and {generator.bert.max_length} "
-                        f"positions: too few for a tokenizer of {tokenizer.vocab_size} and --max-length {cfg.max_length}")  # fmt: skip
-    return TrainingModel(cfg, encoder, tokenizer, generator, discriminator=load_bert(folder)), tokenizer
+                        f"positions: too few for a tokenizer of {tokenizer.vocab_size} and {cfg.longest()} tokens of a sentence (--max-length)")  # fmt: skip
+    return generator
 
 
 class StsScore:
@@ -576,12 +651,9 @@ def summarise(window: list[dict[str, Tensor]]) -> dict[str, float | None]:
     names = list(window[-1])  # those of a resumed window stand in another order
     values = torch.stack([torch.stack([sums[name].float() for name in names]) for sums in window])  # (steps, names)
     row = dict(zip(names, values.cpu().double().mean(0).tolist()))
-    if "tokens" in row:
-        tokens, replaced, kept, replaced_right, kept_right = (
-            row.pop(name) for name in ("tokens", "replaced", "kept", "replaced_right", "kept_right"))  # fmt: skip
-        row["share_replaced"] = replaced / tokens
-        row["accuracy_replaced"] = replaced_right / replaced if replaced else math.nan
-        row["accuracy_kept"] = kept_right / kept
+    for name in [name for name in row if name + OF in row]:
+        of = row.pop(name + OF)
+        row[name] = row[name] / of if of else math.nan
     return {name: round(value, 6) if math.isfinite(value) else None for name, value in row.items()}  # JSON has no NaN
 
 
@@ -595,7 +667,7 @@ def check_finite(window: list[dict[str, Tensor]], step: int, scaler: torch.amp.G
         if scaler.get_scale() < 1:
             raise UserError(f"fp16 overflows at every step up to {step}, at any scale: {advice}")
         return
-    what = {"contrastive": "the contrastive loss", "replaced_token": "the replaced-token loss", "grad_norm": "the gradient"}
+    what = {"contrastive": "the contrastive loss", "prediction": "the loss of the discriminator", "grad_norm": "the gradient"}
     names = [name for name in what if window and name in window[-1]]
     finite = torch.stack([torch.stack([sums[name].isfinite() for name in names]) for sums in window]).tolist() if window else []  # (steps, names)
     for i, row in enumerate(finite, step - len(window) + 1):
@@ -615,7 +687,8 @@ def train(cfg: Config, name: str = "run") -> dict:
                 import docs  # imports hundreds of modules to read what is written about them: only where asked for
             score = docs.DocsScore(cfg.data) if cfg.score == "docs" else StsScore(cfg)
             source = ((sentence,) for sentence in docs.training_sentences()) if cfg.train_file == "docs" else find_text(cfg.train_file, cfg.data)
-            sentences = TokenizedSentences(source, tokenizer, cfg.max_length)
+            read = None if cfg.text == "sentences" else read_running_text if cfg.condition_on == "same" else read_with_next
+            sentences = TokenizedSentences(source, tokenizer, cfg.max_length, read, 2 * model.texts if model.texts > 1 else None)
         if len(sentences) == 0:
             raise UserError(f"{cfg.train_file}: no sentences in it")
         if len(sentences) < 2:

@@ -2,6 +2,7 @@
 
     python -m lab.pretrain --text simplewiki.txt.xz enwiki.txt.xz --minutes 140 --out runs/my-bert
     python -m lab.pretrain --text simplewiki.txt.xz enwiki.txt.xz --score runs/my-bert assets/small-bert
+    python -m lab.pretrain --text enwiki.txt.xz --start assets/small-bert --layers 2 --hidden 64 --minutes 5 --out runs/weak     # a generator
 
 In the order of this file: documents -> a WordPiece vocabulary -> sentences as integers -> a start for the word
 embeddings -> two losses -> training, for as long as was asked for. What is unusual here is what the small budget and the
@@ -23,7 +24,6 @@ import argparse
 import itertools
 import json
 import math
-import re
 import shutil
 import signal
 import sys
@@ -42,8 +42,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from bert import BertConfig, BertForMaskedLM, UserError, load_bert, save_bert, write_atomically
-from data import TokenizedSentences, Tokenizer, find_model, mask_tokens, read_lines, run_main
+from bert import BertConfig, BertForMaskedLM, UserError, load_bert, load_config, save_bert, write_atomically
+from data import TokenizedSentences, Tokenizer, find_model, mask_tokens, read_lines, run_main, split_sentences
 
 HELD_OUT = 1000  # paragraphs, in whole documents, that are only ever scored
 MAX_LENGTH = 64  # tokens of a sentence, [CLS] and [SEP] included; 98 of 100 are shorter
@@ -84,11 +84,6 @@ def hold_out(documents: list[list[str]], seed: int) -> tuple[list[list[str]], li
         raise UserError(f"the text is {first} documents, {len(held_out)} lines, and some must be kept out of training: more are needed, "
                         "with an empty line between them")  # fmt: skip
     return [documents[i] for i in order[first:]], held_out[:wanted]
-
-
-def split_sentences(paragraph: str) -> list[str]:
-    """Cut after . ! or ? where a capital, digit or quote follows, but not after initials and common titles."""
-    return re.split(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!\b(?:Mr|Dr|St|Jr|No)\.)(?<!\bMrs\.)\s+(?=[\"'(\[]?[A-Z0-9])", paragraph)
 
 
 def train_vocabulary(documents: list[list[str]], size: int, folder: Path) -> Tokenizer:
@@ -326,8 +321,8 @@ def load_state(args: argparse.Namespace, fixed: dict) -> dict | None:
     except Exception as error:  # torch raises many kinds here
         raise UserError(f"{out / 'state.pt'} cannot be read ({type(error).__name__}); --overwrite begins again") from None
     for name, value in fixed.items():
-        if state["fixed"][name] != value:
-            raise UserError(f"--{name} is {value}, but {out} was begun with {state['fixed'][name]}")
+        if (then := state["fixed"].get(name, "")) != value:  # nothing: of before there was --start
+            raise UserError(f"--{name} is {value or 'none'}, but {out} was begun with {then or 'none'}")
     if state["seconds"] >= args.minutes * 60:
         raise UserError(f"{out} has had its {state['seconds'] / 60:.1f} minutes; to go on, give more than that as --minutes")
     return state
@@ -354,15 +349,18 @@ def pretrain(args: argparse.Namespace) -> None:
     """A whole run; args are the flags of main(). Raises: UserError, before anything is written or thrown away."""
     out, budget = Path(args.out), args.minutes * 60
     device, bf16 = pick_device(args.device)
-    fixed = {name: getattr(args, name) for name in ("text", "vocab", "layers", "hidden", "seed")}
+    start = load_bert(find_model(args.start), mlm=True) if args.start else None
+    fixed = {name: getattr(args, name) for name in ("text", "start", "vocab", "layers", "hidden", "seed")}
     saved = load_state(args, fixed)
     torch.manual_seed(args.seed)
     documents, held_out = hold_out(read_documents(args.text), args.seed)
     with tempfile.TemporaryDirectory() as folder:  # --out is not touched before the first step has been taken
-        tokenizer = Tokenizer(out) if saved else train_vocabulary(documents, args.vocab, Path(folder))
+        known = out if saved else find_model(args.start) if start else None
+        tokenizer = Tokenizer(known) if known else train_vocabulary(documents, args.vocab, Path(folder))
         tokenizer_files = {file.name: file.read_bytes() for file in tokenizer.files}
     sentences = tokenize(documents, tokenizer, args.seed)
-    model = load_bert(out, mlm=True) if saved else new_model(tokenizer, sentences, args.layers, args.hidden)
+    same_size = start and (args.layers, args.hidden) == (start.cfg.num_hidden_layers, start.cfg.hidden_size)
+    model = load_bert(out, mlm=True) if saved else start if same_size else new_model(tokenizer, sentences, args.layers, args.hidden)
     model.to(device)
     weights = word_weights(sentences, tokenizer).to(device)
     pieces = torch.zeros(tokenizer.vocab_size, dtype=torch.bool)
@@ -441,9 +439,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="of training; reading and counting take some more")
     parser.add_argument("--out", metavar="DIR", help="folder for the model, log.jsonl and state.pt")
     parser.add_argument("--score", nargs="+", metavar="MODEL", help="train nothing: score these models on the paragraphs held out")
-    parser.add_argument("--vocab", type=int, default=8192, help="WordPiece vocabulary (default: 8192)")
-    parser.add_argument("--layers", type=int, default=4, help="(default: 4)")
-    parser.add_argument("--hidden", type=int, default=192, help="hidden size, a multiple of 64, the size of a head (default: 192)")
+    parser.add_argument("--start", default="", metavar="MODEL", help="take this model's vocabulary, and its weights unless --layers or --hidden ask for another size")
+    parser.add_argument("--vocab", type=int, help="WordPiece vocabulary (default: 8192, or that of --start)")
+    parser.add_argument("--layers", type=int, help="(default: 4, or those of --start)")
+    parser.add_argument("--hidden", type=int, help="hidden size, a multiple of 64, the size of a head (default: 192, or that of --start)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--resume", action="store_true", help="go on with what is in --out")
@@ -465,6 +464,13 @@ def main() -> None:
         return
     if args.minutes is None or args.out is None:
         raise UserError("--minutes and --out are needed: how long to train, and where to put the model")
+    if args.start and args.vocab:
+        raise UserError(f"--vocab is {args.vocab}: the vocabulary is that of --start {args.start}; leave one of them out")
+    sizes = {"vocab": 8192, "layers": 4, "hidden": 192}
+    if args.start:
+        cfg = load_config(find_model(args.start))
+        sizes = {"vocab": cfg.vocab_size, "layers": cfg.num_hidden_layers, "hidden": cfg.hidden_size}
+    vars(args).update({name: default for name, default in sizes.items() if getattr(args, name) is None})
     rules = {"minutes": (0 < args.minutes < math.inf, "above 0"), "vocab": (32 <= args.vocab <= 65_536, "between 32 and 65536"),
              "layers": (args.layers >= 1, "at least 1"), "seed": (0 <= args.seed < 1 << 63, "0 or above"),
              "hidden": (args.hidden >= 64 and args.hidden % 64 == 0, "a multiple of 64, the size of a head")}  # fmt: skip

@@ -281,8 +281,8 @@ def test_a_run_leaves_a_model_a_log_and_results(run, tiny, tmp_path, monkeypatch
     assert log[0]["step"] == 0 and log[0]["score"] == 7.0 and [row["step"] for row in log if "score" in row] == [0, 2, 4, 5]
     assert {row["step"]: row["lr"] for row in log if "lr" in row} == pytest.approx({1: 1e-3, 2: 8e-4, 4: 4e-4, 5: 2e-4})  # full rate first
     row = log[1]
-    assert row["loss"] == pytest.approx(row["contrastive"] + 0.05 * row["replaced_token"], abs=1e-5)
-    assert 0.3 < row["replaced_token"] < 1.5 and 0 < row["share_replaced"] <= 1 and 0 <= row["accuracy_kept"] <= 1 and row["grad_norm"] > 0
+    assert row["loss"] == pytest.approx(row["contrastive"] + 0.05 * row["prediction"], abs=1e-5)
+    assert 0.3 < row["prediction"] < 1.5 and 0 < row["share_replaced"] <= 1 and 0 <= row["accuracy_kept"] <= 1 and row["grad_norm"] > 0
     assert Config(**json.loads((out / "config.json").read_text())).lam == 0.05
 
     sentences = ["the dog runs .", "", "a cat and a tree in the big red house", "unknown words"]
@@ -454,7 +454,7 @@ def test_imports_go_one_way_and_need_nothing_else():
         tree = ast.parse((ROOT / f"{name}.py").read_text())
         used = {alias.name.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         used |= {node.module.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        extra = {"embed": {"faiss"}, "lab/plots": {"matplotlib", "lab"}, "lab/analysis": {"lab"}, "lab/bench": {"sentence_transformers", "lab"}, "lab/steps": {"transformers", "lab"}}.get(name, set())
+        extra = {"embed": {"faiss"}, "diffcse": {"lab"}, "lab/plots": {"matplotlib", "lab"}, "lab/analysis": {"lab"}, "lab/bench": {"sentence_transformers", "lab"}, "lab/steps": {"transformers", "lab"}}.get(name, set())
         assert used - sys.stdlib_module_names <= outside | set(order[:i]) | extra, name
 
 

@@ -238,7 +238,7 @@ def test_a_compiled_step_is_the_plain_step(backend, lam, dropout, monkeypatch):
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
     for plain, other in zip(*results):
-        for name in ("contrastive", "positive_cosine", "negative_cosine", "tokens") if dropout else plain:
+        for name in ("contrastive", "positive_cosine", "negative_cosine", "share_replaced/") if dropout else plain:
             torch.testing.assert_close(other[name], plain[name], rtol=1e-4, atol=1e-5)
         assert other["loss"].isfinite()
 

@@ -288,7 +288,7 @@ def test_a_damaged_state_is_refused(tmp_path, content, says):
 # -------------------------------------------------------------------------------------------- losses that are no numbers
 
 
-@pytest.mark.parametrize("what, says", [("contrastive", "the contrastive loss is not a number at step 4"), ("replaced_token", "the replaced-token loss is not"),
+@pytest.mark.parametrize("what, says", [("contrastive", "the contrastive loss is not a number at step 4"), ("prediction", "the loss of the discriminator is not"),
                                         ("grad_norm", "the gradient is not a number at step 4")])  # fmt: skip
 def test_a_loss_that_is_no_number_stops_the_run_and_the_last_good_state_stays(run, tmp_path, monkeypatch, what, says):  # noqa: F811
     real, made = diffcse.train_step, []

@@ -130,8 +130,8 @@ def test_sizes_of_the_losses_before_training():
     batch = (ids, mask, *data.mask_tokens(ids, tokenizer, 0.3, "80-10-10", torch.Generator().manual_seed(0)))
     with torch.no_grad():
         _, sums = model.train()(*batch)
-    assert sums["contrastive"] < math.log(16) and abs(float(sums["replaced_token"]) - math.log(2)) < 0.3
-    assert sums["positive_cosine"] > sums["negative_cosine"] + 0.05 and 0 < sums["replaced"] < sums["tokens"] == mask.sum()
+    assert sums["contrastive"] < math.log(16) and abs(float(sums["prediction"]) - math.log(2)) < 0.3
+    assert sums["positive_cosine"] > sums["negative_cosine"] + 0.05 and 0 < sums["share_replaced"] < sums["share_replaced/"] == mask.sum()
 
 
 def test_projector_by_hand_over_all_rows_together():
@@ -177,7 +177,7 @@ def test_more_padding_changes_loss_and_gradients_only_with_pads_in_loss(tiny, pa
         assert abs(loss - loss_wide) > 1e-3 and error > 1e-2
     else:
         assert abs(loss - loss_wide) < 1e-12 and error < 1e-10
-    for name in ("tokens", "replaced", "kept", "replaced_right", "kept_right", "contrastive"):  # the log never counts padding
+    for name in ("share_replaced", "share_replaced/", "accuracy_replaced", "accuracy_kept", "accuracy_kept/", "contrastive"):  # the log never counts padding
         assert float(sums[name]) == pytest.approx(float(sums_wide[name]), abs=1e-9)
 
 
@@ -186,7 +186,7 @@ def test_sum_is_the_mean_times_the_positions_counted(tiny, views, pads):
     loss = {}
     for reduction in ("mean", "sum"):
         model, batch = model_and_batch(tiny, views=views, pads_in_loss=pads, reduction=reduction, lam=1.0)
-        loss[reduction] = float(model(*batch)[1]["replaced_token"])
+        loss[reduction] = float(model(*batch)[1]["prediction"])
     counted = batch[0] if pads else batch[0][batch[1]]
     share = counted.numel() / (2 if views == "first" else 1)  # the two views of a file of one column are of one length
     assert loss["sum"] == pytest.approx(share * loss["mean"], rel=1e-12)
