@@ -303,6 +303,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=listed(TASKS), default=TASKS, metavar="TASK,...", help=f"of {', '.join(TASKS)} (default: all)")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="lbfgs", help="how the classifier is fitted (default: lbfgs)")
     parser.add_argument("--mode", choices=MODES, default="test", help="test: 10 folds; fast: 5 folds, what training is watched with (default: test)")
+    parser.add_argument("--amp", choices=("off", "bf16"), default="off", help="bf16: vectors in mixed precision, faster where the processor has it (default: off)")
     args = parser.parse_args()
     tasks = load_sets([name for name in TASKS if name in args.tasks], load_task, find_senteval(args.data))
     rows, reports = {}, []
@@ -310,7 +311,8 @@ def main() -> None:
         bert, tokenizer, own, _ = open_model(model)
         pooler = pooler or own
         sentences = list(dict.fromkeys(s for task in tasks.values() for side in task.sentences for s in side))
-        encoded = encode(bert, tokenizer, sentences, pooler, args.batch_size)
+        with torch.autocast(bert.device.type, dtype=torch.bfloat16, enabled=args.amp == "bf16"):
+            encoded = encode(bert, tokenizer, sentences, pooler, args.batch_size)
         if not np.isfinite(encoded).all():
             raise UserError(f"{model}: its vectors hold NaN or infinity (did training diverge? try a lower --lr)")
         vectors = dict(zip(sentences, encoded))
@@ -324,7 +326,7 @@ def main() -> None:
             print(f"{model} ({pooler}), {name}: dev {dev[name]:.2f}, test {test[name]:.2f}, {seconds[name]:.1f} s", file=sys.stderr, flush=True)
         label = f"{model} ({pooler})"
         rows |= {label: test, f"{label}, dev": dev}
-        reports.append({"model": model, "pooler": pooler, "protocol": args.protocol, "mode": args.mode, **test, **more,
+        reports.append({"model": model, "pooler": pooler, "protocol": args.protocol, "mode": args.mode, "amp": args.amp, **test, **more,
                         "average": average(test, TASKS), "dev": {**dev, "average": average(dev, TASKS)}, "seconds": seconds})  # fmt: skip
     print(format_table(rows, TASKS))
     if args.json:
