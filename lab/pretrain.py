@@ -473,7 +473,7 @@ def main() -> None:
     vars(args).update({name: default for name, default in sizes.items() if getattr(args, name) is None})
     rules = {"minutes": (0 < args.minutes < math.inf, "above 0"), "vocab": (32 <= args.vocab <= 65_536, "between 32 and 65536"),
              "layers": (args.layers >= 1, "at least 1"), "seed": (0 <= args.seed < 1 << 63, "0 or above"),
-             "hidden": (args.hidden >= 64 and args.hidden % 64 == 0, "a multiple of 64, the size of a head")}  # fmt: skip
+             "hidden": (64 <= args.hidden <= args.vocab and args.hidden % 64 == 0, "a multiple of 64, the size of a head, and at most --vocab")}  # fmt: skip
     for name, (holds, expected) in rules.items():
         if not holds:
             raise UserError(f"--{name} is {getattr(args, name):g}: it must be {expected}")

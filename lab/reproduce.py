@@ -32,8 +32,8 @@ from pathlib import Path
 import numpy as np
 
 from bert import UserError, read_json, write_atomically
-from data import find_model, run_main
-from diffcse import MAY_CHANGE, PRESETS, Config, load_preset, parse_args
+from data import Tokenizer, find_model, find_text, read_with_next, run_main
+from diffcse import MAY_CHANGE, PRESETS, Config, load_generator, load_preset, parse_args
 from eval_sts import TEST_SETS
 
 ROOT = Path(__file__).parent.parent
@@ -161,19 +161,23 @@ class Processes:
         self.running: set[subprocess.Popen] = set()
         self.stopped = False
 
-    def run(self, argv: list[str]) -> int:
-        """Its exit code. Raises: KeyboardInterrupt where the sweep is stopped."""
+    def run(self, argv: list[str]) -> None:
+        """To its end. Raises: UserError with what it says where it fails, KeyboardInterrupt where it or the sweep is stopped."""
         if self.stopped:
             raise KeyboardInterrupt
-        process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)  # a terminal's Ctrl-C is passed on once, by stop
+        process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                   start_new_session=True)  # a terminal's Ctrl-C is passed on once, by stop
         self.running.add(process)
         try:
-            code = process.wait()
+            said = process.communicate()[1]
         finally:
             self.running.discard(process)
-        if self.stopped:
+        if self.stopped or process.returncode in (130, 143):
             raise KeyboardInterrupt
-        return code
+        if process.returncode == 2 and said.splitlines()[-1:] and said.splitlines()[-1].startswith("error: "):
+            raise UserError(f"{said.splitlines()[-1].removeprefix('error: ')} ({argv[0]}; with that mended the same command goes on from there)")
+        if process.returncode:
+            raise UserError(f"{said.rstrip()}\n{argv[0]} ended with exit code {process.returncode}; the same command goes on from there")
 
     def stop(self) -> None:
         """Each finishes its step, saves its state and ends."""
@@ -204,11 +208,7 @@ def run(flags: dict[str, object], folder: Path, config: str, more: list[str], ke
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before it had a config
         words += ["--out-dir", os.path.relpath(folder, ROOT)]
     print("python diffcse.py " + " ".join(words) + "\n", end="", flush=True)  # in one piece: rows may run beside each other
-    code = PROCESSES.run(["diffcse.py", *words])
-    if code in (130, 143):  # somebody has stopped it
-        raise KeyboardInterrupt
-    if code:
-        raise UserError(f"that run ended with exit code {code}; the same command goes on with the table from there")
+    PROCESSES.run(["diffcse.py", *words])
     if not keep_model:
         shutil.rmtree(folder / "best")  # a table needs the numbers, not fifty models
     return read_json(folder / "results.json")
@@ -222,8 +222,7 @@ def transfer(folder: Path, more: list[str]) -> dict:
         words = ["eval_transfer.py", os.path.relpath(folder / "best", ROOT), "--mode", "fast", "--json", os.path.relpath(file, ROOT),
                  *(["--data", cfg.data] if cfg.data else []), *(["--amp", "bf16"] if cfg.amp == "bf16" else [])]  # fmt: skip
         print("python " + " ".join(words) + "\n", end="", flush=True)
-        if code := PROCESSES.run(words):
-            raise UserError(f"that evaluation ended with exit code {code}; the same command goes on with the table from there")
+        PROCESSES.run(words)
     shutil.rmtree(folder / "best", ignore_errors=True)
     return read_json(file)
 
@@ -242,7 +241,7 @@ class Sweep:
     def __init__(self, out: Path, config: str, more: list[str], generators: list[str], with_transfer: list[str], budget: float | None = None):
         self.out, self.config, self.more = out, config, more
         self.tables = tables(config, generators)
-        self.with_transfer = [row.flags for number in with_transfer for row in self.tables[number].rows]
+        self.with_transfer = [{**row.flags, "seed": 0, "score": "dev"} for number in with_transfer for row in self.tables[number].rows]
         self.deadline = None if budget is None else time.time() + 60 * budget
         self.minutes: list[float] = []  # of runs of this sweep, or there before
         self.locks: dict[Path, threading.Lock] = {}
@@ -258,7 +257,7 @@ class Sweep:
         with self.lock:
             lock = self.locks.setdefault(folder, threading.Lock())
         with lock:  # two rows may be the same run
-            wants = any(flags == row | {"seed": flags["seed"], "score": flags["score"]} for row in self.with_transfer) and "score" in flags
+            wants = flags.get("score") == "dev" and flags["seed"] != SEARCH_SEED and {**flags, "seed": 0, "score": "dev"} in self.with_transfer
             done = (folder / "results.json").is_file() and ((folder / "transfer.json").is_file() or not wants)
             if not done and self.deadline and time.time() + 60 * max(self.minutes, default=0) > self.deadline:
                 raise OutOfTime
@@ -477,6 +476,22 @@ def minutes(text: str) -> float:
     return float(match[1]) * (60 if match[2] == "h" else 1)
 
 
+def check(sweep: Sweep, wanted: list[str], more: list[str]) -> None:
+    """Mistakes are told before the first run. Raises: UserError."""
+    for number in wanted:
+        for row in sweep.tables[number].rows:
+            cfg = parse_args(words_of(row.flags, sweep.config, more))[1]
+            if number == "6" and cfg.lam > 0:
+                folder = find_model(cfg.model)
+                try:
+                    find_model(cfg.generator)
+                except UserError:
+                    raise UserError(f"Table 6: {cfg.generator} is not there; README.md says how lab/pretrain.py makes generators, and --generators names others") from None
+                load_generator(cfg, folder, Tokenizer(folder))
+    if cfg.text == "paragraphs" and any("condition_on" in row.flags for number in wanted for row in sweep.tables[number].rows):
+        next(read_with_next(find_text(cfg.train_file, cfg.data)), None)  # is it in order?
+
+
 def main() -> None:
     numbers = list(tables("small", []))
     parser = argparse.ArgumentParser(prog="lab.reproduce", description=__doc__.split("\n\n")[0],
@@ -506,16 +521,8 @@ def main() -> None:
     if SEARCH_SEED in seeds:
         raise UserError(f"--seeds: {SEARCH_SEED} is the seed of the search; take others")
     generators = args.generators.split(",") if args.generators else list(SMALL_GENERATORS) if args.config in ("small", "demo") else [name for name, _ in GENERATORS]
-    if "6" in wanted and args.config in ("small", "demo"):
-        for name in generators:
-            try:
-                find_model(name)
-            except UserError:
-                raise UserError(f"Table 6: {name} is not there; README.md says how lab/pretrain.py makes generators, and --generators names others") from None
     sweep = Sweep(Path(args.out), args.config, more, generators, with_transfer, minutes(args.budget) if args.budget else None)
-    for number in wanted:  # mistakes are told before the first run
-        for row in sweep.tables[number].rows:
-            parse_args(words_of(row.flags, args.config, more))
+    check(sweep, wanted, more)
     print(sweep.plan(wanted, seeds, args.jobs), flush=True)
 
     def stop(*_) -> None:

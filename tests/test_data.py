@@ -747,3 +747,71 @@ def test_run_main_hides_no_bug():
     with pytest.raises(ZeroDivisionError):
         data.run_main(lambda: 1 / 0)
     assert data.run_main(lambda: None) is None
+
+
+# ------------------------------------------------------------------------------------------------------ running text
+
+
+@pytest.mark.parametrize("paragraph, sentences", [
+    ("One. Two! Three? Four", ["One.", "Two!", "Three?", "Four"]),
+    ('He said "Go." Then "(Stop.)" 5 men left. “So?” ‘No.’ (Yes.) Ünal came.', ['He said "Go."', 'Then "(Stop.)"', "5 men left.", "“So?”", "‘No.’", "(Yes.)", "Ünal came."]),
+    ("Dr. No met Mr. J. R. R. Smith, Jr. Jones and the U.S. Senate at St. Ives in Feb. 1990.", None),
+    ("See vol. 3, No. 5, pp. 7 and fig. 2, e.g. Berlin, cf. Paris et al. 1999, c. 1880.", None),
+    ("Is it No. No. It is in 1990. It was.", ["Is it No.", "No.", "It is in 1990.", "It was."]),  # before a word "no" is a word
+    ("He lives in CA. The rest came to him. it was late... and so on", ["He lives in CA.", "The rest came to him. it was late... and so on"]),
+    ("Really?! Yes...  Well.\u00a0Good", ["Really?!", "Yes...", "Well.", "Good"]),
+    ("", []), ("   ", []), ("No end", None),
+])  # fmt: skip
+def test_a_paragraph_is_cut_after_sentences_and_not_after_abbreviations(paragraph, sentences):
+    assert data.split_sentences(paragraph) == ([paragraph] if sentences is None else sentences)
+
+
+def test_the_splitter_is_the_one_whose_errors_were_counted():
+    counted = json.loads((ROOT / "results" / "splitter.json").read_text())
+    for place in counted["places"]:
+        *cut, _ = data.split_sentences(f"{place['before']} {place['after']}")
+        assert any(place["before"].endswith(sentence) for sentence in cut) == place["cut"], place
+    wrong = [place["cut"] for place in counted["places"] if not place["right"]]
+    assert len(counted["places"]) == counted["cut"] + counted["kept"] == 400 and [counted["cut wrongly"], counted["kept wrongly"]] == [wrong.count(True), wrong.count(False)]
+
+
+@pytest.mark.parametrize("ending", [".txt", ".txt.xz"])
+def test_running_text_is_sentences_with_the_next_one_of_their_document(tmp_path, small, cache, ending):
+    path = tmp_path / f"text{ending}"
+    content = b"\xef\xbb\xbfA one. B two.\nC three.\r\n\n\n  \nAlone.\n\nD four.  E five. \n"
+    path.write_bytes(lzma.compress(content) if ending.endswith("xz") else content)
+    pairs = [("A one.", "B two."), ("B two.", "C three."), ("D four.", "E five.")]
+    assert list(data.read_with_next(path)) == pairs and list(data.read_running_text(path)) == [(a,) for a, _ in pairs]
+    alone = data.TokenizedSentences(path, small, 16, data.read_running_text)
+    both = data.TokenizedSentences(path, small, 16, data.read_with_next, views=4)
+    assert len(alone) == len(both) == 3 and (alone.views, both.views) == (2, 4)
+    assert len({file.name for file in cache.iterdir()}) == 2  # kept apart
+    rows = np.array([2, 0])
+    ids, mask = both.batch(rows)
+    expected = [s for a, b in (pairs[2], pairs[0]) for s in (a, b, a, b)]
+    assert [row[m].tolist() for row, m in zip(ids, mask)] == small(expected, 16)
+    assert [row[m].tolist() for row, m in zip(*alone.batch(rows))] == small([s for s in expected if s in (pairs[2][0], pairs[0][0])], 16)
+
+
+def test_running_text_that_was_shuffled_is_refused(tmp_path):
+    rng = random.Random(0)
+    topics = [[f"word{topic}{i}" for i in range(12)] for topic in range(60)]
+    documents = [[" ".join(rng.sample(words, 5)).capitalize() + "." for _ in range(6)] for words in topics]
+    (tmp_path / "ordered.txt").write_text("\n\n".join("\n".join(document) for document in documents))
+    assert len(list(data.read_with_next(tmp_path / "ordered.txt"))) == 60 * 5
+    sentences = [sentence for document in documents for sentence in document]
+    rng.shuffle(sentences)
+    (tmp_path / "shuffled.txt").write_text("\n".join(sentences))
+    with pytest.raises(UserError, match=r"shuffled\.txt: its sentences have no more words in common with the next ones than with others: it was shuffled"):
+        next(data.read_with_next(tmp_path / "shuffled.txt"))
+    assert len(list(data.read_running_text(tmp_path / "shuffled.txt"))) == len(sentences) - 1  # nobody asks for the next one
+    (tmp_path / "short.txt").write_text("\n".join(sentences[:100]))  # tells nothing
+    assert len(list(data.read_with_next(tmp_path / "short.txt"))) == 99
+
+
+def test_real_text_is_in_order_and_the_shuffled_sentences_are_not(senteval):
+    text = senteval.parent / "text"
+    for name in ("enwiki_paragraphs.txt.xz", "simplewiki_paragraphs.txt.xz", "wiki1m_for_simcse.head.txt"):
+        assert next(data.read_with_next(text / name))
+    with pytest.raises(UserError, match="it was shuffled"):
+        next(data.read_with_next(text / "enwiki_100k.txt"))

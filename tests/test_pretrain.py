@@ -90,17 +90,6 @@ def test_held_out_paragraphs_are_whole_documents_and_not_trained_on(sizes):
     assert pretrain.hold_out(documents, seed=2)[1] != held_out
 
 
-@pytest.mark.parametrize("paragraph, sentences", [
-    ("One. Two! Three? Four", ["One.", "Two!", "Three?", "Four"]),
-    ('He said no. "Why?" she asked. (Nobody knew.) 3 came.', ["He said no.", '"Why?" she asked.', "(Nobody knew.) 3 came."]),
-    ("J. R. R. Tolkien met Dr. Smith at St. Paul. Mrs. Jones left.", ["J. R. R. Tolkien met Dr. Smith at St. Paul.", "Mrs. Jones left."]),
-    ("It cost 3.5 million. e.g. this one. version 2.0 of it", ["It cost 3.5 million. e.g. this one. version 2.0 of it"]),
-    ("", [""]),
-])  # fmt: skip
-def test_sentences(paragraph, sentences):
-    assert pretrain.split_sentences(paragraph) == sentences
-
-
 def test_the_vocabulary_is_what_transformers_reads(small_run, tmp_path):
     tokenizer, _, _ = small_run
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "vocabulary")
@@ -318,6 +307,28 @@ def test_the_rate_rises_and_falls():
 
 
 # ---------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_a_run_starts_from_another_model_or_from_its_vocabulary_alone(text, tmp_path):
+    first = tmp_path / "first"
+    assert run(*flags(text, first, minutes="0.03")).returncode == 0
+    held = json.loads((first / "log.jsonl").read_text().splitlines()[-1])["loss"]
+    options = {"start": str(first), "minutes": "0.02"}
+
+    def made(out, **more) -> list[dict]:
+        argv = flags(text, out, **options | more)
+        for flag in ("--vocab", *({"--layers", "--hidden"} - {f"--{name}" for name in more})):
+            del argv[argv.index(flag) : argv.index(flag) + 2]
+        done = run(*argv)
+        assert done.returncode == 0, done.stderr
+        assert Tokenizer(out).vocabulary() == Tokenizer(first).vocabulary()
+        return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+    assert made(tmp_path / "on")[0]["loss"] == pytest.approx(held, abs=1e-3)  # fp16 in the file: it goes on where the other stands
+    assert load_bert(tmp_path / "on", mlm=True).cfg == load_bert(first, mlm=True).cfg
+    assert made(tmp_path / "deeper", layers="2")[0]["loss"] > held + 0.1 and load_bert(tmp_path / "deeper", mlm=True).cfg.num_hidden_layers == 2
+    refused = run(*flags(text, tmp_path / "no", **options))
+    assert refused.returncode == 2 and "--vocab is 100: the vocabulary is that of --start" in refused.stderr and refused.stderr.count("\n") == 1
 
 
 def test_a_run_leaves_a_folder_for_transformers_and_can_go_on(text, tmp_path):
