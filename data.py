@@ -221,8 +221,10 @@ def read_document_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
     The file has a paragraph a line, or a sentence, and an empty line between documents; .txt, .gz or .xz. A document's last
     sentence has no next one and is left out. Raises: UserError that names the file and line.
     """
-    last = ""
-    for line in read_lines(Path(path)):
+    path, last = Path(path), ""
+    if not path.name.removesuffix(path.suffix if path.suffix in (".gz", ".xz") else "").endswith(".txt"):
+        raise UserError(f"{path}: running text is read from .txt (also .gz, .xz)")
+    for line in read_lines(path):
         for sentence in split_sentences(line.strip()):
             if last:
                 yield last, sentence

@@ -129,7 +129,7 @@ class Config:
             "max_length": (self.max_length >= 3, "at least 3: [CLS], a token and [SEP]"),
             "mask_ratio": (0 <= self.mask_ratio <= 1, "between 0 and 1"),
             "dropout": (self.dropout is None or 0 <= self.dropout < 1, "at least 0 and below 1"),
-            "lam": (0 <= self.lam < math.inf, "0 or above"),
+            "lam": (0 <= self.lam < math.inf and (self.lam > 0 or not self.ablated()), "0 or above; above 0 with --objective, --condition-on, --edit-with or --edit-as"),
             "hard_negative_weight": (math.isfinite(self.hard_negative_weight), "a finite number"),
             "contrastive": (self.contrastive or self.lam > 0, "on where lam is 0: nothing else would be trained"),
             "text": (self.text == "sentences" or self.train_file != "docs", "sentences for the documentation, which is taken sentence by sentence"),
@@ -445,7 +445,6 @@ def prediction_of(cfg: Config) -> Callable[..., Prediction]:
 # 4. All of it
 
 OF = "/"  # "share/" is what "share" is a share of, both summed over steps before they are divided
-
 
 
 class TrainingModel(nn.Module):

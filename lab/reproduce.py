@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -243,6 +244,7 @@ class Sweep:
         self.tables = tables(config, generators)
         self.with_transfer = [{**row.flags, "seed": 0, "score": "dev"} for number in with_transfer for row in self.tables[number].rows]
         self.deadline = None if budget is None else time.time() + 60 * budget
+        self.chosen: dict[tuple[str, str], dict[str, object]] = {}  # of table and row: its flags, searched
         self.minutes: list[float] = []  # of runs of this sweep, or there before
         self.locks: dict[Path, threading.Lock] = {}
         self.lock = threading.Lock()
@@ -292,7 +294,9 @@ class Sweep:
             with self.lock:
                 lock = self.locks.setdefault(self.folder(number, row, {"seed": 0}).parent / slug(row.name), threading.Lock())
             with lock:  # another seed of the row may be searching
-                flags = self.search(number, row)
+                if (number, row.name) not in self.chosen:
+                    self.chosen[number, row.name] = self.search(number, row)
+                flags = dict(self.chosen[number, row.name])
             score = {} if self.tables[number].score == "stsb" else {"score": "dev"}
             flags |= {"seed": seed, **score}
             return self.once(flags, self.folder(number, row, flags))
@@ -534,7 +538,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\nstopped: nothing is lost, and the same command goes on", file=sys.stderr)
         sys.exit(130)
-    command = "python -m lab.reproduce " + " ".join(sys.argv[1:])
+    command = shlex.join(["python", "-m", "lab.reproduce", *sys.argv[1:]])
     left = []
     for number in wanted:
         print("\n" + write_table(Path(args.out), number, args.config, sweep.tables[number], results[number], command))

@@ -124,8 +124,8 @@ def chances(s: float) -> list[float]:
 
 def near(got, want) -> None:
     """Equal numbers, or lists of them."""
-    got = [t.item() if isinstance(t, torch.Tensor) else t for t in got] if isinstance(got, list) else float(torch.as_tensor(got).detach())
-    got, want = (torch.tensor(t, dtype=torch.float64) for t in (got, want))
+    got = [t.item() if isinstance(t, torch.Tensor) else t for t in got] if isinstance(got, list) else got
+    got, want = (torch.as_tensor(t, dtype=torch.float64).detach() for t in (got, want))
     assert torch.allclose(got, want, rtol=1e-9, atol=1e-14), (got, want)
 
 

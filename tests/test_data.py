@@ -809,6 +809,12 @@ def test_running_text_that_was_shuffled_is_refused(tmp_path):
     assert len(list(data.read_with_next(tmp_path / "short.txt"))) == 99
 
 
+@pytest.mark.parametrize("name", ["text.tsv", "text.csv.gz", "text", "text.xz", "txt"])
+def test_running_text_is_no_table(tmp_path, name):
+    with pytest.raises(UserError, match="running text is read from .txt"):
+        next(data.read_running_text(tmp_path / name))
+
+
 def test_real_text_is_in_order_and_the_shuffled_sentences_are_not(senteval):
     text = senteval.parent / "text"
     for name in ("enwiki_paragraphs.txt.xz", "simplewiki_paragraphs.txt.xz", "wiki1m_for_simcse.head.txt"):
