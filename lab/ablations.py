@@ -124,7 +124,8 @@ def inner(mask: Tensor) -> Tensor:
 
 def how_many(of: Tensor, share: float) -> Tensor:
     """Whole numbers that are share * of in the mean, the next below or above. Shapes: (R,) -> (R,)."""
-    return (share * of + torch.rand(of.shape, device=of.device)).floor().long()
+    drawn = (share * of + torch.rand(of.shape, device=of.device)).floor().long()
+    return torch.minimum(drawn, (share * of.double()).ceil().long())  # 15 + 0.99999994 is 16 in fp32
 
 
 def draw(among: Tensor, number: Tensor) -> Tensor:
@@ -156,7 +157,8 @@ def compare(model: TrainingModel, h: Tensor, batch: tuple[Tensor, ...], V: int, 
     rows = ranks.part(B)
     firsts = torch.arange(b, device=h.device) * x_edited.shape[1]  # (b,)
     c = model.encoder(x_edited, mask, tokens=places(mask), wanted=firsts)  # (b, D)
-    h_edited = model.projector(ranks.gather(c, rows, B))  # (B, D)
+    c = ranks.gather(c, rows, B)  # (B, D)
+    h_edited = model.projector(c if B > 1 else c.repeat(2, 1))[:B]  # (B, D); BatchNorm knows no single row, and makes this one zero
     with torch.autocast(h.device.type, enabled=False):
         first, second, edits = (F.normalize(widen(t), dim=-1, eps=1e-8) for t in (h[::V], ranks.gather(h[1::V].contiguous(), rows, B), h_edited))
         return first @ second.T / model.cfg.temperature, first @ edits.T / model.cfg.temperature, torch.arange(B, device=h.device)[rows]
@@ -177,7 +179,8 @@ def negative(model: TrainingModel, h: Tensor, batch: tuple[Tensor, ...], V: int,
     """The edits of all sentences are negatives beside the other sentences, as SimCSE's hard negatives are.
 
     Table 15: MLM 83.02 / 84.49, insert 55.65 / 79.86, delete 55.13 / 82.56. The loss is what they add to InfoNCE: log(sum over both) - log(sum over second views) =
-    softplus(log(sum over edits) - log(sum over second views)). So with lam 1 the whole is contrastive_loss with edits as third views.
+    softplus(log(sum over edits) - log(sum over second views)). So with lam 1 the whole is contrastive_loss with edits as third views
+    (where the train file has no third column).
     """
     seconds, edits, own = compare(model, h, batch, V, room, edit)
     loss = F.softplus(edits.logsumexp(1) - seconds.logsumexp(1)).sum() / (room.sentences or len(own))

@@ -638,7 +638,7 @@ def parts(model) -> list[str]:
     ("--edit-with delete", "NoneType Bert ModuleDict delete"), ("--edit-with all", "BertForMaskedLM Bert ModuleDict replace insert delete"),
     ("--edit-as positive", "BertForMaskedLM NoneType NoneType"), ("--edit-as negative --edit-with delete", "NoneType NoneType NoneType"),
     ("--edit-as negative --edit-with all", "BertForMaskedLM NoneType NoneType"),
-    ("--text paragraphs --condition-on next", "BertForMaskedLM Bert ModuleDict replace"), ("--edit-with insert --lam 0", "NoneType NoneType NoneType"),
+    ("--text paragraphs --condition-on next", "BertForMaskedLM Bert ModuleDict replace"), ("--lam 0", "NoneType NoneType NoneType"),
     ("--text paragraphs --condition-on both --objective masked", "NoneType Bert MLMHead"),
 ])  # fmt: skip
 def test_flags_build_what_they_need_and_train_it(flags, expected):
@@ -654,13 +654,15 @@ def test_flags_build_what_they_need_and_train_it(flags, expected):
     assert trained == {"encoder", "projector"} | {part for part in ("discriminator", "head") if getattr(model, part, None) is not None}
     if "all" in flags.split() and "ModuleDict" in expected:
         assert all(head.weight.grad.norm() > 0 for head in model.head.values())
-    assert model.cfg.ablated() == (flags not in ("", "--no-contrastive")) and (model.predict is diffcse.difference_prediction) != model.cfg.ablated()
+    assert model.cfg.ablated() == (flags not in ("", "--no-contrastive", "--lam 0")) and (model.predict is diffcse.difference_prediction) != model.cfg.ablated()
 
 
 @pytest.mark.parametrize("flags,told", [
     ("--condition-on next", "--text paragraphs"), ("--condition-on both --objective masked", "--text paragraphs"),
     ("--objective masked --edit-with insert", "--objective is masked"), ("--objective corrected --edit-as negative", "--objective is corrected"),
     ("--no-contrastive --lam 0", "--contrastive is False"), ("--contrastive off --lam 0", "--contrastive is False"),
+    ("--edit-with insert --lam 0", "--lam is 0.0"), ("--objective masked --lam 0", "--lam is 0.0"), ("--edit-as negative --lam 0", "--lam is 0.0"),
+    ("--text paragraphs --condition-on both --lam 0", "--lam is 0.0"),
     ("--text paragraphs --train-file docs", "--text is paragraphs"), ("--objective words", "replaced, masked, corrected"),
     ("--edit-with shuffle", "replace, insert, delete, all"), ("--edit-as neutral", "difference, positive, negative"),
 ])  # fmt: skip
@@ -686,7 +688,7 @@ def test_a_sentence_with_what_is_put_in_must_fit_the_model():
 
 def test_a_generator_is_looked_for_only_where_one_writes(tmp_path):
     nowhere = ["--generator", str(tmp_path / "nowhere")]
-    for flags in ("--objective masked", "--edit-with delete", "--edit-with delete --edit-as positive", "--edit-with insert --lam 0"):
+    for flags in ("--objective masked", "--edit-with delete", "--edit-with delete --edit-as positive", "--lam 0"):
         assert built(*nowhere, *flags.split()).generator is None
     for flags in ("", "--objective corrected", "--edit-with insert", "--edit-with all", "--edit-as negative"):
         with pytest.raises(UserError, match="nowhere"):
@@ -805,3 +807,27 @@ def test_ranks_draw_their_own_edits_and_have_one_gradient(name, of_ranks):
     for key in (key for key in one if key[0] == name):
         assert one[key].keys() == first[key].keys() == second[key].keys()
         assert all(torch.equal(first[key][at], second[key][at]) and value.isfinite().all() for at, value in first[key].items())
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# At the edges
+
+
+@pytest.mark.parametrize("use", ["positive", "negative"])
+@pytest.mark.parametrize("projector", ["batchnorm", "tanh"])
+def test_a_last_batch_of_one_sentence_has_a_finite_loss(use, projector):
+    cfg = diffcse.parse_args(["--config", "small", "--edit-as", use, "--projector", projector])[1]
+    model, tokenizer = diffcse.build(cfg)
+    x = torch.tensor(tokenizer(["a man plays the guitar"] * 2, 32))
+    mask = torch.ones_like(x, dtype=torch.bool)
+    loss, sums = model.train()(x, mask, x, mask)
+    loss.backward()
+    assert all(value.isfinite() for value in sums.values()) and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert use == "negative" or sums["prediction"] == 0
+
+
+def test_no_more_is_put_in_than_there_is_room_for(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda shape, device=None: torch.full(shape, 1 - 2**-24))
+    of, share = torch.arange(2000), torch.linspace(0, 1, 41).tolist()
+    for ratio in share:
+        assert ablations.how_many(of, ratio).tolist() == [math.ceil(ratio * n) for n in of.tolist()]
