@@ -375,23 +375,24 @@ def line(cells: list[str], count: int) -> str:
     return "| " + " | ".join([*cells, *[""] * (count + 1 - len(cells))]) + " |"
 
 
-def verdict(differences: list[float], paper: float) -> str:
-    """What became of a difference of two rows: seed by seed, against its spread."""
-    text = f"{np.mean(differences):+.2f}" + f" ± {np.std(differences):.2f}" * (len(differences) > 1)
-    same = all(np.sign(d) == np.sign(paper) for d in differences)
-    other = all(np.sign(d) == -np.sign(paper) for d in differences)
-    beyond = abs(np.mean(differences)) > np.std(differences) and (same or other)
+def verdict(better: list[float], worse: list[float], paper: float | None) -> str:
+    """What became of a difference of two rows, seed by seed, against the spread of either row and of the difference."""
+    differences = np.subtract(better, worse)
+    text = f"{differences.mean():+.2f}" + f" ± {differences.std():.2f}" * (len(differences) > 1)
+    if not paper:
+        return text
     if len(differences) < 2:
         return f"{text}, one seed: no telling"
-    return f"{text}: " + ("within the seeds' spread" if not beyond else "holds" if same else "the other way round")
+    beyond = abs(differences.mean()) > max(np.std(better), np.std(worse), differences.std()) and len(set(np.sign(differences))) == 1
+    return f"{text}: " + ("within the seeds' spread" if not beyond else "holds" if differences.mean() * paper > 0 else "the other way round")
 
 
 def report(number: str, table: Table, results: dict[str, dict[int, dict]]) -> list[str]:
     """A table as Markdown, the paper's figures beneath or beside ours, then its findings."""
-    columns = [c for c in table.columns if any(value_of(r, c) is not None for runs in results.values() for r in runs.values())]
+    columns = [c for c in table.columns if all(value_of(r, c) is not None for runs in results.values() for r in runs.values())]  # not what another table has asked of some
 
     def values(name: str, column: str, key: str = "after") -> list[float]:
-        return [v for r in results[name].values() if (v := r[key][column] if key != "after" else value_of(r, column)) is not None]
+        return [r[key][column] if key != "after" else value_of(r, column) for r in results[name].values()]
 
     if number == "1":
         return table_1(results, values)
@@ -409,14 +410,12 @@ def report(number: str, table: Table, results: dict[str, dict[int, dict]]) -> li
     paper = {row.name: row.paper for row in table.rows}
     findings = []
     for better, worse in table.findings:
-        for i, column in enumerate(columns):
-            seeds = [s for s in results[better] if s in results[worse] and all(value_of(results[n][s], column) is not None for n in (better, worse))]
+        seeds = [seed for seed in results[better] if seed in results[worse]]
+        for i, (column, head) in enumerate(zip(columns, heads[::2])):
             if seeds:
                 published = paper[better][i] - paper[worse][i] if min(len(paper[better]), len(paper[worse])) > i else None
-                differences = [value_of(results[better][s], column) - value_of(results[worse][s], column) for s in seeds]
-                says = verdict(differences, published) if published else f"{np.mean(differences):+.2f}" + f" ± {np.std(differences):.2f}" * (len(seeds) > 1)
-                findings.append(line([f"{better} − {worse}", {"STSB-dev": "STS-B dev", "transfer-dev": "transfer dev"}[column],
-                                      f"{published:+.2f}" if published is not None else "", says], 3))  # fmt: skip
+                says = verdict(*([value_of(results[name][seed], column) for seed in seeds] for name in (better, worse)), published)
+                findings.append(line([f"{better} − {worse}", head, f"{published:+.2f}" if published is not None else "", says], 3))
     if findings:
         lines += ["", line(["difference, seed by seed", "on", "paper", "here"], 3), "|---" * 4 + "|", *findings]
     return lines
@@ -464,8 +463,9 @@ def write_table(out: Path, number: str, config: str, table: Table, results: dict
     return "\n".join([f"Table {number}: {table.title}" if number != "search" else table.title, "", *lines] + [f"not run: {', '.join(missing)}"] * bool(missing))
 
 
-PAPER_NOTE = ("the paper's figures are bert-base's, of one run each. Mean ± standard deviation over the seeds. A difference of the paper *holds* where every seed has its sign and their "
-              "mean is larger than their standard deviation, and is *the other way round* where that is so with the other sign.")  # fmt: skip
+PAPER_NOTE = ("the paper's figures are bert-base's, of one run each. Mean ± standard deviation over the seeds. A difference of the paper *holds* where every seed has its sign and the "
+              "mean is larger than the standard deviation of either row and of the difference itself, and is *the other way round* where that is so with the other sign. "
+              "What it means: the project's README.")  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------

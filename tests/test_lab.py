@@ -140,12 +140,13 @@ def test_a_budget_begins_nothing_that_would_not_end_within_it(fake_runs, tmp_pat
     assert [sorted(runs) for runs in found.values()] == [[0, 1]] * 5 + [[0]]
 
 
-@pytest.mark.parametrize("differences, paper, says", [
-    ([1.0, 1.2, 0.8], 2.0, "+1.00 ± 0.16: holds"), ([-1.0, -1.2, -0.8], 2.0, "-1.00 ± 0.16: the other way round"), ([-1.0, -1.2], -0.5, "-1.10 ± 0.10: holds"),
-    ([1.0, -0.1, 1.0], 2.0, "+0.63 ± 0.52: within the seeds' spread"), ([3.0, 0.1, 0.1], 2.0, "+1.07 ± 1.37: within the seeds' spread"),
-    ([1.0], 2.0, "+1.00, one seed: no telling")])  # fmt: skip
-def test_a_finding_holds_where_every_seed_says_so_beyond_their_spread(differences, paper, says):
-    assert reproduce.verdict(differences, paper) == says
+@pytest.mark.parametrize("better, worse, paper, says", [
+    ([2.0, 2.2, 1.8], [1, 1, 1], 2.0, "+1.00 ± 0.16: holds"), ([0.0, -0.2, 0.2], [1, 1, 1], 2.0, "-1.00 ± 0.16: the other way round"),
+    ([0.0, -0.2], [1, 1], -0.5, "-1.10 ± 0.10: holds"), ([2.0, 0.9, 2.0], [1, 1, 1], 2.0, "+0.63 ± 0.52: within the seeds' spread"),
+    ([4.0, 1.1, 1.1], [1, 1, 1], 2.0, "+1.07 ± 1.37: within the seeds' spread"), ([2], [1], 2.0, "+1.00, one seed: no telling"), ([2, 3], [1, 1], None, "+1.50 ± 0.50"),
+    ([5.1, 7.1, 9.1], [5.0, 7.0, 9.0], 2.0, "+0.10 ± 0.00: within the seeds' spread")])  # fmt: skip  the rows themselves move by more
+def test_a_finding_holds_where_every_seed_says_so_beyond_their_spread(better, worse, paper, says):
+    assert reproduce.verdict(better, worse, paper) == says
 
 
 def test_tables_are_written_with_every_number_and_beside_the_papers(fake_runs, tmp_path):
