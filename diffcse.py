@@ -432,13 +432,13 @@ def difference_prediction(model: "TrainingModel", h: Tensor, batch: tuple[Tensor
     return discriminate(model, model.head, h, x_edited, replaced, mask, room)
 
 
-def prediction_of(cfg: Config) -> Callable[..., Prediction]:
-    """difference_prediction, or the ablation that is asked for, which is imported then."""
-    if not cfg.ablated():
-        return difference_prediction
-    from lab import ablations
-
-    return ablations.pick(cfg)
+def ablations():
+    """lab/ablations.py, which is imported only where one of them is asked for. Raises: UserError where this file was installed without it."""
+    try:
+        from lab import ablations
+    except ModuleNotFoundError:
+        raise UserError("the ablations are in lab/, beside diffcse.py in the repository; an installed package has them not") from None
+    return ablations
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -457,7 +457,7 @@ class TrainingModel(nn.Module):
                  discriminator: Bert | None = None, make_head: Callable[[int], nn.Module] | None = None):  # fmt: skip
         super().__init__()
         self.cfg, self.tokenizer = cfg, tokenizer
-        self.predict = prediction_of(cfg)
+        self.predict = ablations().pick(cfg) if cfg.ablated() else difference_prediction
         self.texts = 1 if cfg.condition_on == "same" else 2  # rows of a view: its sentence, then perhaps the next one
         D = encoder.cfg.hidden_size
         self.encoder = encoder
@@ -576,9 +576,7 @@ def build(cfg: Config) -> tuple[TrainingModel, Tokenizer]:
     generator = load_generator(cfg, folder, tokenizer) if cfg.generates() else None
     if not cfg.ablated():
         return TrainingModel(cfg, encoder, tokenizer, generator, discriminator=load_bert(folder)), tokenizer
-    from lab import ablations
-
-    return TrainingModel(cfg, encoder, tokenizer, generator, *ablations.discriminator(cfg, folder)), tokenizer
+    return TrainingModel(cfg, encoder, tokenizer, generator, *ablations().discriminator(cfg, folder)), tokenizer
 
 
 def load_generator(cfg: Config, folder: Path, tokenizer: Tokenizer) -> BertForMaskedLM:

@@ -831,3 +831,9 @@ def test_no_more_is_put_in_than_there_is_room_for(monkeypatch):
     of, share = torch.arange(2000), torch.linspace(0, 1, 41).tolist()
     for ratio in share:
         assert ablations.how_many(of, ratio).tolist() == [math.ceil(ratio * n) for n in of.tolist()]
+
+
+def test_an_installed_package_without_the_ablations_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lab", None)
+    with pytest.raises(UserError, match="the ablations are in lab/, beside diffcse.py in the repository"):
+        diffcse.build(diffcse.parse_args(["--config", "small", "--edit-with", "insert"])[1])
