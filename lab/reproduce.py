@@ -25,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
@@ -246,8 +247,7 @@ class Sweep:
         self.deadline = None if budget is None else time.time() + 60 * budget
         self.chosen: dict[tuple[str, str], dict[str, object]] = {}  # of table and row: its flags, searched
         self.minutes: list[float] = []  # of runs of this sweep, or there before
-        self.locks: dict[Path, threading.Lock] = {}
-        self.lock = threading.Lock()
+        self.locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def folder(self, number: str, row: Row, flags: dict[str, object]) -> Path:
         """Where a run with these flags (seed among them) lies: one place for all tables, but for those of Table 1, which are scored on test sets besides."""
@@ -256,9 +256,7 @@ class Sweep:
 
     def once(self, flags: dict[str, object], folder: Path) -> dict:
         """The run's numbers, with transfer where a table wants it. Raises: OutOfTime, UserError."""
-        with self.lock:
-            lock = self.locks.setdefault(folder, threading.Lock())
-        with lock:  # two rows may be the same run
+        with self.locks[str(folder)]:  # two rows may be the same run. (Of keys that are strings a defaultdict makes one lock each, whichever thread asks.)
             wants = flags.get("score") == "dev" and flags["seed"] != SEARCH_SEED and {**flags, "seed": 0, "score": "dev"} in self.with_transfer
             done = (folder / "results.json").is_file() and ((folder / "transfer.json").is_file() or not wants)
             if not done and self.deadline and time.time() + 60 * max(self.minutes, default=0) > self.deadline:
@@ -269,7 +267,8 @@ class Sweep:
             results = run(flags, folder, self.config, self.more, keep_model=wants)
             if wants:
                 results |= {"transfer": transfer(folder, self.more)}
-            self.minutes.append(results["minutes"] if done else (time.time() - started) / 60)
+            if not done:
+                self.minutes.append((time.time() - started) / 60)
             return results
 
     def search(self, number: str, row: Row) -> dict[str, object]:
@@ -291,9 +290,7 @@ class Sweep:
     def one(self, number: str, row: Row, seed: int) -> dict | None:
         """One run of one row; None where the budget is spent."""
         try:
-            with self.lock:
-                lock = self.locks.setdefault(self.folder(number, row, {"seed": 0}).parent / slug(row.name), threading.Lock())
-            with lock:  # another seed of the row may be searching
+            with self.locks[f"{number} {row.name}"]:  # another seed of the row may be searching
                 if (number, row.name) not in self.chosen:
                     self.chosen[number, row.name] = self.search(number, row)
                 flags = dict(self.chosen[number, row.name])
