@@ -477,6 +477,11 @@ class TrainingModel(nn.Module):
             self.generator.eval()
         return self
 
+    def encode(self, x: Tensor, mask: Tensor, rows: slice, n: int, tokens: int | None = None) -> Tensor:
+        """f at [CLS], the embedding that is used afterwards, of these rows and those of the other ranks. Shapes: x, mask (R, T) -> (n, D)."""
+        firsts = torch.arange(len(x), device=x.device) * x.shape[1]  # (R,): where [CLS] stands
+        return ranks.gather(self.encoder(x, mask, tokens=places(mask, tokens), wanted=firsts), rows, n)
+
     def forward(self, x: Tensor, mask: Tensor, x_masked: Tensor, selected: Tensor, V: int = 2, room: Room | None = None,
                 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """The loss of one batch, and sums for the log.
@@ -487,10 +492,7 @@ class TrainingModel(nn.Module):
         B = room.sentences or len(x) // V
         V //= self.texts
         rows = ranks.part(B, V)  # this rank's
-        own, own_mask = x[:: self.texts], mask[:: self.texts]  # f reads the sentences alone
-        firsts = torch.arange(len(own), device=x.device) * x.shape[1]  # (R,): where [CLS] stands
-        c = self.encoder(own, own_mask, tokens=places(own_mask, room.tokens), wanted=firsts)  # (R, D): the embedding that is used afterwards
-        h = self.projector(ranks.gather(c, rows, B * V))  # (R, D)
+        h = self.projector(self.encode(x[:: self.texts], mask[:: self.texts], rows, B * V, room.tokens))  # (R, D); f reads the sentences alone
         contrastive, cosines, positive = contrastive_loss(h.view(B, V, -1), cfg.temperature, cfg.hard_negative_weight)
         loss = cfg.contrastive * contrastive / ranks.world()  # all ranks compute it, and their gradients are added
         sums = {"loss": cfg.contrastive * contrastive.detach(), "contrastive": contrastive.detach(), "positive_cosine": positive.mean(),

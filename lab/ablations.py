@@ -153,11 +153,9 @@ def compare(model: TrainingModel, h: Tensor, batch: tuple[Tensor, ...], V: int, 
     of each of the b sentences of this rank among all B.
     """
     x_edited, _, mask = edit(model, *(t[::V] for t in batch), room)
-    b, B = len(x_edited), room.sentences or len(x_edited)
+    B = room.sentences or len(x_edited)
     rows = ranks.part(B)
-    firsts = torch.arange(b, device=h.device) * x_edited.shape[1]  # (b,)
-    c = model.encoder(x_edited, mask, tokens=places(mask), wanted=firsts)  # (b, D)
-    c = ranks.gather(c, rows, B)  # (B, D)
+    c = model.encode(x_edited, mask, rows, B)  # (B, D)
     h_edited = model.projector(c if B > 1 else c.repeat(2, 1))[:B]  # (B, D); BatchNorm knows no single row, and makes this one zero
     with torch.autocast(h.device.type, enabled=False):
         first, second, edits = (F.normalize(widen(t), dim=-1, eps=1e-8) for t in (h[::V], ranks.gather(h[1::V].contiguous(), rows, B), h_edited))
