@@ -45,6 +45,7 @@ import torch.nn.functional as F
 import diffcse
 import fast
 from bert import Bert, BertConfig, BertForMaskedLM, UserError, read_json, save_bert, write_atomically
+from config import PRESETS
 from data import TokenizedSentences, Tokenizer, find_model, read_lines, run_main, shuffled, tokens_path
 from embed import MAX_LENGTH, DiffCSE, Opened, encode, open_model, save_model
 from eval_sts import FILES, count, listed
@@ -402,7 +403,7 @@ def schedule(text: str, device: torch.device, sizes: Sizes, sentences: int, left
             except subprocess.TimeoutExpired:
                 end()
         run.wait()
-        total = 2 * math.ceil(sentences / diffcse.PRESETS["bert_sts"].batch_size)
+        total = 2 * math.ceil(sentences / PRESETS["bert_sts"].batch_size)
         if run.returncode not in (0, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL):
             raise UserError(f"exit code {run.returncode}: " + (folder / "said").read_text().strip().rpartition("\n")[2])
         if run.returncode:

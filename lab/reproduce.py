@@ -34,8 +34,9 @@ from pathlib import Path
 import numpy as np
 
 from bert import UserError, read_json, write_atomically
+from config import MAY_CHANGE, PRESETS, Config, load_preset, parse_args
 from data import Tokenizer, find_model, find_text, read_with_next, run_main
-from diffcse import MAY_CHANGE, PRESETS, Config, load_generator, load_preset, parse_args
+from diffcse import load_generator
 from eval_sts import TEST_SETS
 
 ROOT = Path(__file__).parent.parent

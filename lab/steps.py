@@ -20,6 +20,7 @@ from torch import Tensor
 import diffcse
 import fast
 from bert import Bert, BertConfig, BertForMaskedLM, Grid
+from config import parse_field
 from data import TokenizedSentences, Tokenizer, find_model, mask_tokens, read_lines, shuffled
 from lab.reproduce import TABLE_1
 
@@ -37,7 +38,7 @@ SIZES = {  # encoder and discriminator; generator
 }
 Sizes = tuple[BertConfig, BertConfig]
 PAPER = TABLE_1[-1].flags | {"mask": "all", "views": "first", "protect_sep": "on"}  # and README's other switches, but for the sum, which costs the same
-READINGS = {"published": diffcse.Config(), "paper": diffcse.Config(**{name: diffcse.parse_field(name, value) for name, value in PAPER.items()})}
+READINGS = {"published": diffcse.Config(), "paper": diffcse.Config(**{name: parse_field(name, value) for name, value in PAPER.items()})}
 
 
 def flops(encoder: BertConfig, generator: BertConfig, cfg: diffcse.Config, R: int, T: int) -> int:

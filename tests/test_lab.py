@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from bert import BertConfig, UserError
+from config import PRESETS, Config, parse_args
 from data import run_main
-from diffcse import PRESETS, Config, parse_args
 from eval_sts import TEST_SETS
 from lab import plots, reproduce, steps
 

@@ -20,7 +20,7 @@ import bert
 import diffcse
 import run as runs
 from bert import UserError
-from diffcse import Config, parse_args
+from config import Config, parse_args
 
 ROOT = Path(diffcse.__file__).parent
 

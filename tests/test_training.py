@@ -20,7 +20,8 @@ import diffcse
 import embed
 import eval_sts
 from bert import UserError
-from diffcse import Config, contrastive_loss, parse_args, parse_field
+from config import PRESETS, Config, parse_args, parse_field
+from diffcse import contrastive_loss
 
 ROOT = Path(diffcse.__file__).parent
 SMALL = ROOT / "assets" / "small-bert"
@@ -448,7 +449,7 @@ def test_a_negative_number_is_a_flags_value():
 
 
 def test_dataclass_and_presets_can_be_saved_and_read_back():
-    for name, cfg in diffcse.PRESETS.items():
+    for name, cfg in PRESETS.items():
         assert {f: parse_field(f, v) for f, v in json.loads(json.dumps(dataclasses.asdict(cfg))).items()} == dataclasses.asdict(cfg.check()), name
 
 
