@@ -38,6 +38,7 @@ class Config:
     dtype: Literal["fp32", "fp16"] = "fp32"  # of the best model's file; fp16 halves it
     out_dir: str = ""  # folder for the best model, config.json, log.jsonl and results.json (default: runs/NAME-1, -2, ...)
     resume: str = ""  # folder of a run that was stopped: goes on with it to the same end, by its own config
+    explain: str = ""  # a sentence: prints one training step of it with all its numbers, and trains nothing
     seed: int = 42  # decides all that is random
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: on cuda bf16, or fp16 where the card has no bf16. A CPU with AVX512-BF16 gains by bf16
@@ -150,7 +151,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-MAY_CHANGE = ("resume", "data", "device", "compile", "log_every", "eval_every", "save_minutes")  # when a run is resumed; not what it computes
+MAY_CHANGE = ("resume", "explain", "data", "device", "compile", "log_every", "eval_every", "save_minutes")  # when a run is resumed; not what it computes
 
 
 def field_help() -> dict[str, str]:

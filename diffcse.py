@@ -3,6 +3,7 @@
     python diffcse.py --config demo         # a few minutes on a laptop, nothing downloaded
     python diffcse.py --config bert_sts     # the paper's model (wants a GPU)
     python diffcse.py --resume runs/demo-1  # go on with a run that was stopped, to the same end
+    python diffcse.py --config demo --explain "The cat sat on the mat ."     # one step, with all its numbers
     python diffcse.py -h                    # every field of Config is a flag
 
 One training step, in the order of this file:
@@ -22,6 +23,7 @@ Not here: gradient accumulation (in-batch negatives do not accumulate). Several 
 """
 
 import errno
+import importlib
 import json
 import math
 import os
@@ -199,13 +201,12 @@ def difference_prediction(model: "TrainingModel", h: Tensor, batch: tuple[Tensor
     return discriminate(model, model.head, h, x_edited, replaced, mask, room)
 
 
-def ablations():
-    """lab/ablations.py, which is imported only where one of them is asked for. Raises: UserError where this file was installed without it."""
+def lab(name: str):
+    """A module of lab/, which is imported only where it is asked for. Raises: UserError where this file was installed without it."""
     try:
-        from lab import ablations
+        return importlib.import_module(f"lab.{name}")
     except ModuleNotFoundError:
-        raise UserError("the ablations are in lab/, beside diffcse.py in the repository; an installed package has them not") from None
-    return ablations
+        raise UserError(f"lab/{name}.py is beside diffcse.py in the repository; an installed package has it not") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -224,7 +225,7 @@ class TrainingModel(nn.Module):
                  discriminator: Bert | None = None, make_head: Callable[[int], nn.Module] | None = None):  # fmt: skip
         super().__init__()
         self.cfg, self.tokenizer = cfg, tokenizer
-        self.predict = ablations().pick(cfg) if cfg.ablated() else difference_prediction
+        self.predict = lab("ablations").pick(cfg) if cfg.ablated() else difference_prediction
         self.texts = 1 if cfg.condition_on == "same" else 2  # rows of a view: its sentence, then perhaps the next one
         D = encoder.cfg.hidden_size
         self.encoder = encoder
@@ -345,7 +346,7 @@ def build(cfg: Config) -> tuple[TrainingModel, Tokenizer]:
     generator = load_generator(cfg, folder, tokenizer) if cfg.generates() else None
     if not cfg.ablated():
         return TrainingModel(cfg, encoder, tokenizer, generator, discriminator=load_bert(folder)), tokenizer
-    return TrainingModel(cfg, encoder, tokenizer, generator, *ablations().discriminator(cfg, folder)), tokenizer
+    return TrainingModel(cfg, encoder, tokenizer, generator, *lab("ablations").discriminator(cfg, folder)), tokenizer
 
 
 def load_generator(cfg: Config, folder: Path, tokenizer: Tokenizer) -> BertForMaskedLM:
@@ -486,7 +487,7 @@ def fit(cfg: Config, name: str, out: Path, model: TrainingModel, score, sentence
         started: float) -> tuple[dict, dict[str, dict[str, float]]]:  # fmt: skip
     """The steps, in the run's folder `out`, from the first one or from where its state says. Returns results.json and its table's rows, on rank 0."""
     tokenizer, device, V, first = model.tokenizer, model.encoder.device, sentences.views, ranks.rank() == 0
-    settings = json.dumps(asdict(replace(cfg, out_dir="", resume="")), indent=2) + "\n"
+    settings = json.dumps(asdict(replace(cfg, out_dir="", resume="", explain="")), indent=2) + "\n"
     tensors, facts = load_state(out) or ({}, {})
     if (out / "results.json").is_file():
         raise UserError(f"{out} holds a run that has ended: its results.json is there")
@@ -645,7 +646,10 @@ def machine(device: torch.device) -> dict[str, str | int]:
 
 def main() -> None:
     name, cfg = parse_args(sys.argv[1:])
-    train(cfg, name)
+    if cfg.explain:
+        print(lab("explain").explain(cfg))
+    else:
+        train(cfg, name)
 
 
 if __name__ == "__main__":
