@@ -152,8 +152,8 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
     Shapes: (P,), (P,) float -> a float between -1 and 1. Not scipy.
 
-        a = [10, 20, 20, 40]: ranks [1, 2.5, 2.5, 4];  b = [1, 3, 2, 4]: ranks [1, 3, 2, 4]
-        less their mean 2.5: [-1.5, 0, 0, 1.5] and [-1.5, 0.5, -0.5, 1.5] -> 4.5 / sqrt(4.5 * 5) = 0.9487
+        a = [10, 20, 20, 40, 80]: ranks [1, 2.5, 2.5, 4, 5];  b = [2, 1, 4, 5, 3]: ranks [2, 1, 4, 5, 3]
+        less their mean 3: [-2, -0.5, -0.5, 1, 2] and [-1, -2, 1, 2, 0] -> 4.5 / sqrt(9.5 * 10) = 0.4617
     """
     raise NotImplementedError("exercise 9: spearman is not written yet")
 
