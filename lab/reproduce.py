@@ -463,7 +463,7 @@ def write_table(out: Path, number: str, config: str, table: Table, results: dict
 
 PAPER_NOTE = ("the paper's figures are bert-base's, of one run each. Mean ± standard deviation over the seeds. A difference of the paper *holds* where every seed has its sign and the "
               "mean is larger than the standard deviation of either row and of the difference itself, and is *the other way round* where that is so with the other sign. "
-              "What it means: the project's README.")  # fmt: skip
+              "What it means: the project's RESULTS.md.")  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -488,7 +488,7 @@ def check(sweep: Sweep, wanted: list[str], more: list[str]) -> None:
                 try:
                     find_model(cfg.generator)
                 except UserError:
-                    raise UserError(f"Table 6: {cfg.generator} is not there; README.md says how lab/pretrain.py makes generators, and --generators names others") from None
+                    raise UserError(f"Table 6: {cfg.generator} is not there; RESULTS.md says how lab/pretrain.py makes generators, and --generators names others") from None
                 load_generator(cfg, folder, Tokenizer(folder))
     if cfg.text == "paragraphs" and any("condition_on" in row.flags for number in wanted for row in sweep.tables[number].rows):
         next(read_with_next(find_text(cfg.train_file, cfg.data)), None)  # is it in order?

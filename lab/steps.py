@@ -37,7 +37,7 @@ SIZES = {  # encoder and discriminator; generator
     "base": (shape(12, 768, 12), shape(6, 768, 12, "distilbert")),
 }
 Sizes = tuple[BertConfig, BertConfig]
-PAPER = TABLE_1[-1].flags | {"mask": "all", "views": "first", "protect_sep": "on"}  # and README's other switches, but for the sum, which costs the same
+PAPER = TABLE_1[-1].flags | {"mask": "all", "views": "first", "protect_sep": "on"}  # and GUIDE's other switches, but for the sum, which costs the same
 READINGS = {"published": diffcse.Config(), "paper": diffcse.Config(**{name: parse_field(name, value) for name, value in PAPER.items()})}
 
 

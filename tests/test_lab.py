@@ -231,7 +231,7 @@ def test_a_sweep_that_is_stopped_goes_on_by_the_same_command(tmp_path, made):
     (["--transfer", "2"], "--transfer 2: there is no such table"),
     (["--table", "3"], "--condition-on is next: it must be same, unless --text paragraphs says that the train file keeps the order"),
     (["--table", "3", "--text", "paragraphs", "--train-file", "SHUFFLED"], "shuffled.txt: its sentences have no more words in common with the next ones than with others"),
-    (["--table", "6", "--generators", "nowhere/at-all"], "Table 6: nowhere/at-all is not there; README.md says how lab/pretrain.py makes generators"),
+    (["--table", "6", "--generators", "nowhere/at-all"], "Table 6: nowhere/at-all is not there; RESULTS.md says how lab/pretrain.py makes generators"),
     (["--table", "6", "--generators", "OTHER"], "has another vocabulary than --model assets/small-bert"),
 ])  # fmt: skip
 def test_mistakes(argv, message, tmp_path, monkeypatch, capsys):
