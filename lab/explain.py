@@ -10,14 +10,16 @@ Not here: the ablations' steps, and --hard-negative-weight, which wants a file o
 """
 
 import math
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from bert import UserError
+from bert import UserError, places
 from config import Config
 from data import TokenizedSentences, Tokenizer, mask_tokens
 from diffcse import build, contrastive_loss, edit_sentences, edited_rows, replaced_token_loss, seed_of, stepper
@@ -33,6 +35,10 @@ def columns(head: list[str], rows: Iterable[list[str]], sides: str) -> str:
     table = [head, *rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(head))]
     return "\n".join("  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths)).rstrip() for row in table)
+
+
+def wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, subsequent_indent="    ", replace_whitespace=False, break_on_hyphens=False)
 
 
 def unknown(tokenizer: Tokenizer, sentence: str) -> list[str]:
@@ -71,9 +77,9 @@ def explain(cfg: Config) -> str:
     length = int(mask[0].sum())  # of the sentence, in tokens
     uncut = tokenizer.backend.encode(sentence).tokens if tokenizer.backend.no_truncation() is None else []
     lines = [f"Step {step + 1}, seed {cfg.seed}" + f", of the run in {cfg.resume}" * bool(cfg.resume) + f". {len(batch)} sentences in 2 views each, at most {x.shape[1]} tokens long.",
-             f"\nThe sentence: {sentence}", f"Its {length} tokens: {' '.join(map(word, x[0, :length]))}"]  # fmt: skip
+             wrapped(f"\nThe sentence: {sentence}"), wrapped(f"Its {length} tokens: {' '.join(map(word, x[0, :length]))}")]  # fmt: skip
     if len(uncut) > length:
-        lines.append(f"Cut off by --max-length {cfg.max_length}: {' '.join(uncut[length - 1 : -1])}")
+        lines.append(wrapped(f"Cut off by --max-length {cfg.max_length}: {' '.join(uncut[length - 1 : -1])}"))
     if strange := unknown(tokenizer, sentence):
         lines.append(f"{word(tokenizer.unk)} stands for {', '.join(strange)}: the vocabulary has no such word or sign.")
 
@@ -82,7 +88,7 @@ def explain(cfg: Config) -> str:
         h = model.projector(model.encode(x, mask, slice(0, R), R))  # (R, D)
         contrastive, cosines, _ = contrastive_loss(h.view(R // 2, 2, -1), cfg.temperature)  # (), (B, B), (B,)
         scores = cosines[0] / cfg.temperature  # (B,)
-        rows = [[f"{cosine:.3f}", f"{score:.2f}", f"{100 * p:.2f} %", text + "   <- its own" * (i == 0)]
+        rows = [[f"{cosine:.3f}", f"{score:.2f}", f"{100 * p:.2f} %", textwrap.shorten(text, 80, placeholder=" ...") + "   <- its own" * (i == 0)]
                 for i, (cosine, score, p, text) in enumerate(zip(cosines[0].tolist(), scores.tolist(), scores.softmax(0).tolist(), batch))]  # fmt: skip
         lines += ["\n1. Contrastive loss. The encoder f reads the sentence twice, each time with other dropout; the projector makes",
                   "of either [CLS] an h. Which of all second views is that of the sentence's first view?\n",
@@ -95,15 +101,22 @@ def explain(cfg: Config) -> str:
         edited = edited_rows(cfg, 2)
         h, x, mask, x_masked, selected = (t[edited] for t in (h, x, mask, x_masked, selected))
         x_edited, replaced = edit_sentences(model.generator, x, x_masked, selected, mask, tokenizer, cfg)
+
+        def opinions(h: Tensor | None) -> Tensor:
+            """As diffcse.discriminate makes them; where padding does not count D leaves it out, which moves its dropout. Shapes: (R, D) -> (R, T, 2)."""
+            tokens = None if cfg.pads_in_loss else places(mask)
+            logits = model.head(model.discriminator(x_edited, mask, cls_vector=h, tokens=tokens)).view(-1, 2)
+            return (logits if tokens is None else logits.new_zeros(x.numel(), 2).index_copy(0, tokens, logits)).view(*x.shape, 2)
+
         before = torch.get_rng_state()
-        logits = model.head(model.discriminator(x_edited, mask, cls_vector=h))  # (R, T, 2)
+        logits = opinions(h)
         torch.set_rng_state(before)  # the same dropout again
-        without = model.head(model.discriminator(x_edited, mask))  # (R, T, 2)
+        without = opinions(None)
         prediction = replaced_token_loss(logits, replaced, mask, cfg.pads_in_loss, cfg.reduction)
         losses = F.cross_entropy(logits.flatten(0, 1), replaced.long().flatten(), reduction="none").view_as(x)  # (R, T)
         blind = replaced_token_loss(without, replaced, mask, cfg.pads_in_loss, cfg.reduction)
 
-    def percent(logits: torch.Tensor) -> str:
+    def percent(logits: Tensor) -> str:
         return f"{100 * logits.softmax(-1)[1].item():.1f} %"
 
     rows = [[str(t), word(x[0, t]), word(x_masked[0, t]) + " *" * bool(selected[0, t]), word(x_edited[0, t]) if t else "h",
@@ -117,7 +130,7 @@ def explain(cfg: Config) -> str:
               f"The {cfg.reduction} of the loss over all {'positions, padding among them as kept,' if cfg.pads_in_loss else 'tokens'} of all edited sentences: {prediction.item():.4f} "
               f"(without h {blind.item():.4f}, guessing log 2 = {math.log(2):.4f})."]  # fmt: skip
     if len(x) == R:
-        lines.append(f"The second view has a mask and an edit of its own: {' '.join(['h', *map(word, x_edited[1, 1:length])])}")
+        lines.append(wrapped(f"The second view has a mask and an edit of its own: {' '.join(['h', *map(word, x_edited[1, 1:length])])}"))
     if step == 0:
         lines.append("D's last layer is new: before training its opinions are chance.")
     total = cfg.contrastive * contrastive + cfg.lam * prediction
