@@ -5,7 +5,8 @@
     python -m lab.report RUN... --data DIR --query "A man is playing a guitar."
 
 RUN is what python diffcse.py leaves in its folder; one that has not ended, or has no best/, shows what is there. The page
-is a single file that asks for nothing else: HTML and SVG, no script, no font, no library.
+is a single file that asks for nothing else: HTML and SVG, no script, no font, no library. The small model takes
+some 5 seconds on two cores to be asked about STS-B dev, and 20 about the documentation, which has more sentences.
 
 Letters: P pairs, n sentences, D numbers of a vector.
 Reference: paper Figure 2 and Table 9, here of STS-B dev or, without it, of the documentation on this machine.
@@ -238,7 +239,7 @@ def most_wrong(apart: np.ndarray, k: int = 5) -> tuple[list[int], list[int]]:
 # SVG. Colour and dashes are the page's, by the class g1, g2, ... of a group; g0 is the start, of no group
 
 DASHES = ("none", "7 3", "2 2", "8 3 2 3", "12 4", "4 2 1 2 1 2", "1 3", "16 3 4 3")  # what tells the groups apart in grey, with their letters
-WIDTH = 340  # of a drawing: in the page its text is then about as large as the notes
+WIDTH, NARROW = 340, 280  # of a chart, of ridges: in the page their text is then nearly as large as the notes
 
 
 def ticks(low: float, high: float, n: int = 5) -> list[tuple[float, str]]:
@@ -289,13 +290,13 @@ def chart(field: str, drawn: list[tuple[Group, dict]], height: int = 180) -> str
             above[0] = min(above[0], here[0] - 12)
     parts += [f'<text class="letter {g.css}" x="{at:.1f}" y="{level + 4:.1f}">{g.label[0]}</text>' for level, at, g in ends if g.label != g.name]
     says = "; ".join(f"{g.label}: from {c['mean'][0]:.4g} to {c['mean'][-1]:.4g} at step {c['steps'][-1]}" for g, c in drawn)
-    return svg(f"{field} over steps. {says}", height, parts)
+    return svg(f"{field} over steps. {says}", WIDTH, height, parts)
 
 
 def ridges(answers: Answers, material: Material, edges: np.ndarray, tallest: float) -> str:
     """How the cosine is distributed, a row for each group of ratings, the highest on top; ticks are medians (paper Figure 2)."""
     rows, row_height, top = len(material.kinds), 36, 22
-    left, right, bottom = 14 + 6 * max(map(len, material.kinds)), WIDTH - 10, top + row_height * rows
+    left, right, bottom = 14 + 6 * max(map(len, material.kinds)), NARROW - 10, top + row_height * rows
     xs = np.linspace(left, right, len(edges))
     parts, medians = [], []
     for row in reversed(range(rows)):  # from the back: tall ones reach into the row above, which lies behind them
@@ -310,7 +311,7 @@ def ridges(answers: Answers, material: Material, edges: np.ndarray, tallest: flo
     for value, text in ticks(edges[0], 1):
         at = np.interp(value, edges, xs)
         parts.append(f'<path class="axis" d="M{at:.1f},{bottom + 2}v4"/><text x="{at:.1f}" y="{bottom + 18}" text-anchor="middle">{text}</text>')
-    return svg(f"{answers.label}: medians of the cosine by rating, {'; '.join(medians)}", bottom + 24, parts)
+    return svg(f"{answers.label}: medians of the cosine by rating, {'; '.join(medians)}", NARROW, bottom + 24, parts)
 
 
 def shares(cosines: np.ndarray, edges: np.ndarray) -> np.ndarray:
@@ -318,8 +319,8 @@ def shares(cosines: np.ndarray, edges: np.ndarray) -> np.ndarray:
     return np.histogram(cosines, edges)[0] / max(1, len(cosines))
 
 
-def svg(says: str, height: float, parts: list[str]) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(says)}">{"".join(parts)}</svg>'
+def svg(says: str, width: int, height: int, parts: list[str]) -> str:
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(says)}">{"".join(parts)}</svg>'
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -363,7 +364,7 @@ thead th {{ vertical-align: bottom; color: var(--quiet); }}
 .numbers tbody th {{ min-width: 8rem; }} .numbers :is(td, th) + :is(td, th) {{ padding: .35rem 0 .35rem .7rem; text-align: right; }}
 .texts {{ width: 100%; }} .texts td {{ min-width: 11rem; padding-left: 2.2em; text-indent: -2.2em; overflow-wrap: anywhere; }}
 .texts .only {{ font-weight: 700; }}
-.pairs tbody th {{ min-width: 15rem; width: 100%; font-weight: 400; }} .pairs :is(td, th) + :is(td, th) {{ text-align: right; }}
+.pairs tbody th {{ min-width: 11rem; width: 100%; font-weight: 400; }} .pairs :is(td, th) + :is(td, th) {{ text-align: right; }}
 @media print {{
   :root {{ color-scheme: light; {LIGHT} --page: #fff; }}
   body {{ max-width: none; padding: 0; font-size: 10pt; }}
@@ -512,7 +513,7 @@ def neighbours_part(answers: list[Answers], queries: Sequence[str]) -> str:
     text = f"<h2>Nearest neighbours</h2>\n<p>The sentences with the highest cosine{'; bold: in no other column' * several}.</p>\n"
     for number, query in enumerate(queries):
         texts = [sentence for a in answers for sentence, _ in a.found[number]]
-        rows = [[rank, *((f"{cosine:.2f}  {sentence}", "only" * (several and texts.count(sentence) == 1)) for sentence, cosine in row)]
+        rows = [[rank, *((f"{cosine:.2f}\u00a0{sentence}", "only" * (several and texts.count(sentence) == 1)) for sentence, cosine in row)]
                 for rank, row in enumerate(zip(*(a.found[number] for a in answers)), 1)]  # fmt: skip
         text += f"<h3>{escape(query)}</h3>\n" + table(["", *(a.label for a in answers)], rows, "texts")
     return text

@@ -299,7 +299,7 @@ def test_what_the_models_think(tmp_path, make, made):
     model.build_index(list(dict.fromkeys(left + right)))
     tables = [t for t in page.tables if [cell for cell, _ in t[0]] == ["", "before", "A: lam 0.05", "B: lam 0.5"]]
     for table, query in zip(tables, ("the cat eats fish", known)):  # a query that is there itself is not its neighbour
-        found = [f"{cosine:.2f}  {sentence}" for sentence, cosine in model.search(query, threshold=-1, top_k=6) if sentence != query][:5]
+        found = [f"{cosine:.2f}\u00a0{sentence}" for sentence, cosine in model.search(query, threshold=-1, top_k=6) if sentence != query][:5]
         assert [[cell for cell, _ in row[1:]] for row in table[1:]] == [[text] * 3 for text in found] and not any(css for row in table for _, css in row)
 
     by_cosine, by_rating = (100 * (rankdata(values) - 0.5) / len(values) for values in (cosines, ratings))
@@ -334,7 +334,7 @@ def test_without_data_it_is_about_documentation(tmp_path, make, monkeypatch):
     score = docs.DocsScore()
     expected = score.dev(partial(DiffCSE(SMALL, device="cpu").encode, return_numpy=True))["spearman"]
     assert f"Spearman x 100: {expected:.2f}" in page.text() and f"{2 * (score.half == 0).sum()} pairs of the half that chooses" in page.text()
-    assert all(question in page.text() for question in docs.QUESTIONS) and re.search(r"0\.\d\d  a\.name\d+: Return the name", page.text())
+    assert all(question in page.text() for question in docs.QUESTIONS) and re.search(r"0\.\d\d a\.name\d+: Return the name", page.text())
     assert {row[1][0] for t in page.tables if t[0][0][0] == "pair" for row in t[1:]} <= {"same function", "another function"}
 
 
