@@ -19,6 +19,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "exercises"))
 
 import answers  # noqa: E402
+import mends  # noqa: E402
+import test_fix_it as bugs  # noqa: E402
 import test_write_it as checks  # noqa: E402
 import write_it  # noqa: E402
 
@@ -370,3 +372,48 @@ def test_one_exercise_in_a_copy_of_the_repository(tmp_path):
     assert code == 1 and "equal values are ranked in the order in which they stand" in said and "Error" not in said and "test_write_it.py:" not in said
     code, said = write(ranks.replace("np.argsort(np.argsort(x, kind='stable'))", "(x[:, None] > x).sum(1) + (x[:, None] == x).sum(1) / 2"))
     assert code == 0 and "1 passed" in said
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Fix it: the bugs
+
+BUGS = [name for name in vars(bugs) if name.startswith(("test_bug", "test_mended"))]
+
+
+def outcome(module) -> dict[str, str]:
+    """Which tests of test_fix_it.py fail on this module, and with what."""
+    failed = {}
+    for name in BUGS:
+        function = getattr(bugs, name)
+        wants = function.__code__.co_varnames[: function.__code__.co_argcount]
+        try:
+            function(module, *([SimpleNamespace(readouterr=lambda: None)] if "capsys" in wants else []))
+        except pytest.fail.Exception as failure:
+            failed[name] = str(failure)
+    return failed
+
+
+@pytest.mark.parametrize("left", [(), *((n,) for n in mends.MENDS), tuple(mends.MENDS)], ids=str)
+def test_each_planted_bug_fails_its_own_test_and_no_other(left):
+    """With these bugs left and all others mended. What a whole step shows of them the last test sees too: not 4, 5 and 8, which are outside of it."""
+    failed = outcome(mends.mended(*(n for n in mends.MENDS if n not in left)))
+    assert len(BUGS) == 9 and {name for name in failed if name != "test_mended"} == {name for n in left for name in BUGS if name.startswith(f"test_bug{n}_")}
+    assert ("test_mended" in failed) == bool({1, 2, 3, 6, 7} & set(left))
+    for name, message in failed.items():
+        assert name == "test_mended" or re.match(rf"bug {name[8]}: .{{20,}}", message, re.DOTALL), message
+
+
+def test_the_symptoms_in_the_text_are_those_that_were_measured():
+    text, measured = (ROOT / "EXERCISES.md").read_text(), json.loads((ROOT / "results/exercises/fix_it.json").read_text())
+    rows = {run["mistake"]: run["rows"] for run in measured["runs"] if (run["lam"], run["lr"]) == (0.05, 3e-5)}
+
+    def mean(which, name, steps):
+        return np.mean([row[name] for row in rows[which] if row["step"] in steps])
+
+    for number in (rows[None][1]["contrastive"], rows[None][40]["contrastive"], rows[7][1]["contrastive"], rows[5][10]["contrastive"], rows[6][40]["prediction"],
+                   rows[6][40]["accuracy_replaced"], rows[3][40]["accuracy_replaced"], rows[None][40]["accuracy_replaced"], mean(3, "share_replaced", range(1, 11)),
+                   mean(None, "share_replaced", range(1, 11))):  # fmt: skip
+        assert f"{number:.3f}" in text, number
+    for number in (rows[1][1]["contrastive"], rows[1][40]["contrastive"], rows[4][0]["score"], rows[4][40]["score"], rows[None][0]["score"], rows[None][40]["score"]):
+        assert f"{number:.2f}" in text, number
+    assert rows[5][11]["positive_cosine"] > 0.99995 > rows[5][10]["positive_cosine"]
