@@ -6,7 +6,7 @@
 
 RUN is what python diffcse.py leaves in its folder; one that has not ended, or has no best/, shows what is there. The page
 is a single file that asks for nothing else: HTML and SVG, no script, no font, no library. The small model takes
-some 5 seconds on two cores to be asked about STS-B dev, and 20 about the documentation, which has more sentences.
+some 5 seconds on two cores to be asked about STS-B dev, and as many about the documentation.
 
 Letters: P pairs, n sentences, D numbers of a vector.
 Reference: paper Figure 2 and Table 9, here of STS-B dev or, without it, of the documentation on this machine.
@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from functools import partial
@@ -195,7 +196,7 @@ def find_material(data: str, runs: list[Run]) -> Material:
     left, right = [score.left[i] for i in (*a, *a)], [score.right[i] for i in (*a, *b)]
     what = (f"Two libraries' summaries of the same function, and of another one: {len(left)} pairs of the half that chooses the checkpoint. "
             "(With --data DIR, which holds STS/, this is about STS-B dev.)")  # fmt: skip
-    entries = {summary: f"{name}: {summary}" for name, summary in docs.documentation_entries()}
+    entries = {summary: f"{name}: {summary}" for name, summary in docs.documentation_entries() if zlib.crc32(name.encode()) % 4 == 0}  # a quarter: seconds, not minutes
     return Material(what, left, right, np.repeat([1.0, 0.0], len(a)), ["another function", "same function"], entries, docs.QUESTIONS)
 
 

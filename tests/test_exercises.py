@@ -114,6 +114,12 @@ def replaced_loss(pads=False, turned=False, total=False, labels_of_pads=False, d
     return replaced_token_loss
 
 
+def unstable(logits, x, x_edited, mask):
+    replaced = (x != x_edited) & mask
+    p = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    return replaced, -torch.where(replaced, p[..., 1], p[..., 0])[mask].log().mean()
+
+
 def with_h(how):
     def read_with_h(bert, ids, mask, h):
         x = bert.embed(ids)
@@ -125,12 +131,16 @@ def with_h(how):
             for layer in bert.layers:
                 x = layer(x, mask)
             return torch.cat([h[:, None], x[:, 1:]], 1)
+        elif how == "early":
+            x = torch.cat([h[:, None], bert.embed(ids[:, 1:])], 1)
+        elif how == "cold":
+            x = torch.cat([h[:, None], x[:, 1:].detach()], 1)
         elif how == "in front":
             x = torch.cat([h[:, None], x[:, :-1]], 1)
         elif how != "nothing":
             x = torch.cat([(h.detach() if how == "detached" else h)[:, None], x[:, 1:]], 1)
         for layer in bert.layers:
-            x = layer(x, mask)
+            x = layer(x, torch.ones_like(mask) if how == "unmasked" else mask)
         return x
 
     return read_with_h
@@ -145,7 +155,7 @@ def attention(scale=lambda d: d**-0.5, keys=True, fill=-torch.inf, after=False, 
     return attend
 
 
-def reader(start=None, order="little", metadata=False, shapes=True, checked=True):
+def reader(start=None, order="little", metadata=False, shapes=True, checked=True, encoding="utf-8", offsets=True):
     """A reader of safetensors files, whole or with one mistake."""
 
     def read_safetensors(path):
@@ -153,7 +163,8 @@ def reader(start=None, order="little", metadata=False, shapes=True, checked=True
         if len(raw) < 8:
             raise ValueError("no header")
         size = int.from_bytes(raw[:8], order)
-        header = json.loads(raw[8 : 8 + size])
+        header = json.loads(raw[8 : 8 + size].decode(encoding))
+        at = 0
         data = raw[{None: 8 + size, "file": 0, "header": size}[start] :]
         out = {}
         for name, entry in header.items():
@@ -161,7 +172,8 @@ def reader(start=None, order="little", metadata=False, shapes=True, checked=True
                 if metadata:
                     out[name] = torch.tensor(0.0)
                 continue
-            begin, end = entry["data_offsets"]
+            begin, end = entry["data_offsets"] if offsets else (at, at + entry["data_offsets"][1] - entry["data_offsets"][0])
+            at = end
             if end > len(data) and checked:
                 raise ValueError("too short")
             cut = bytearray(data[begin:end])
@@ -192,11 +204,19 @@ def spaces(square=2, factor=2, diagonal=1, log_of_mean=True, mean=np.mean):
     return alignment_and_uniformity
 
 
-def kept(buffers=True, moments=True, count=True, floats=False):
+def recall(u, v, k, own):
+    x, P = np.concatenate([u, v]), len(u)
+    cosines = x @ x.T
+    np.fill_diagonal(cosines, own)
+    partner = cosines[np.arange(2 * P), (np.arange(2 * P) + P) % (2 * P)]
+    return 100 * float(((cosines > partner[:, None] + 1e-9).sum(1) < k).mean())
+
+
+def kept(buffers=True, moments=True, count=True, floats=False, names=None, numbers=int):
     def state_of(model, optimizer):
         tensors = {f"m.{n}": t for n, t in (model.state_dict() if buffers else dict(model.named_parameters())).items()}
         for i, state in optimizer.state_dict()["state"].items() if moments else ():
-            tensors |= {f"o.{i}.{n}": t for n, t in state.items() if torch.is_tensor(t) and (count or n != "step")}
+            tensors |= {f"o.{i}.{n}": t for n, t in state.items() if torch.is_tensor(t) and (count or n != "step") and (names is None or n in names)}
         return tensors | ({"steps": 3.0} if floats else {})
 
     def restore(tensors, model, optimizer):
@@ -205,7 +225,7 @@ def kept(buffers=True, moments=True, count=True, floats=False):
         for n, t in tensors.items():
             if n.startswith("o."):
                 _, i, name = n.split(".")
-                state.setdefault(int(i), {"step": torch.tensor(0.0)})[name] = t
+                state.setdefault(numbers(i), {} if name == "momentum_buffer" else {"step": torch.tensor(0.0)})[name] = t
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
     return {"state_of": state_of, "restore": restore}
@@ -229,6 +249,10 @@ def infonce(how):
             return -(scores * temperature**2).log_softmax(1).diagonal().mean()
         if how == "overflow":
             return -(scores.exp() / scores.exp().sum(1, keepdim=True)).diagonal().log().mean()
+        if how == "underflow":
+            return -scores.softmax(1).diagonal().log().mean()
+        if how == "twice":
+            return F.cross_entropy(scores.softmax(1), torch.arange(len(h)))
         if how == "products":
             return -(h[:, 0] @ h[:, 1].T / temperature).log_softmax(1).diagonal().mean()
         if how == "detached":
@@ -247,7 +271,8 @@ MISTAKES = [
     (1, {"cosine_matrix": lambda a, b: (a / a.norm(dim=1, keepdim=True)) @ (b / b.norm(dim=1, keepdim=True)).T}, "zeros gives NaN"),
     (1, {"cosine_matrix": lambda a, b: (a / (a.norm(dim=1, keepdim=True) + 1e-6)) @ (b / (b.norm(dim=1, keepdim=True) + 1e-6)).T}, "short vector"),
     (1, {"cosine_matrix": looped}, "a loop in it"),
-    (1, {"cosine_matrix": lambda a, b: F.cosine_similarity(a[:, None], b[None], dim=-1, eps=1e-12)}, "^$"),  # PyTorch's own makes its cube inside: not seen
+    (1, {"cosine_matrix": lambda a, b: F.cosine_similarity(a[:, None], b[None], dim=-1, eps=1e-12)}, "40 x 50 x 60 numbers"),
+    (1, {"cosine_matrix": lambda a, b: a.div_(a.norm(dim=1, keepdim=True)) @ F.normalize(b).T}, "a itself was changed"),
     (1, {"cosine_matrix": lambda a, b: (F.normalize(a)[:, None] * F.normalize(b)[None]).sum(-1)}, "40 x 50 x 60 numbers"),
     (2, {"contrastive_loss": infonce("multiplied")}, "multiplied by the temperature"),
     (2, {"contrastive_loss": infonce("no temperature")}, "no effect"),
@@ -259,7 +284,9 @@ MISTAKES = [
     (2, {"contrastive_loss": infonce("own missing")}, "own second view is missing"),
     (2, {"contrastive_loss": infonce("products")}, "cosines"),
     (2, {"contrastive_loss": infonce("detached")}, "second views get no gradient"),
-    (2, {"contrastive_loss": infonce("overflow")}, "overflows"),
+    (2, {"contrastive_loss": infonce("overflow")}, "more than a float holds"),
+    (2, {"contrastive_loss": infonce("underflow")}, "less than a float holds"),
+    (2, {"contrastive_loss": infonce("twice")}, "softmax is taken twice"),
     (3, {"mask_tokens": masked(special_too=3)}, r"touches \[SEP\]"),
     (3, {"mask_tokens": masked(special_too=2)}, r"touches \[CLS\]"),
     (3, {"mask_tokens": masked(special_too=0)}, "touches padding"),
@@ -271,6 +298,9 @@ MISTAKES = [
     (3, {"mask_tokens": masked(own_generator=False)}, "come from `generator`"),
     (3, {"mask_tokens": masked(same_rows=True)}, "all rows are masked at the same places"),
     (3, {"mask_tokens": masked(top=1)}, "few different ones"),
+    (3, {"mask_tokens": lambda ids, special, mask_id, V, ratio, g: masked()(ids, special, mask_id, V - 1, ratio, g)}, "any from 0 to 7"),
+    (3, {"mask_tokens": lambda ids, special, mask_id, V, ratio, g: masked()(ids, special, mask_id, V + 1, ratio, g)}, "none above"),
+    (3, {"mask_tokens": lambda ids, *others: (x := masked()(ids, *others)[0], x != ids)}, "selected and stayed count"),
     (4, {"edit_sentences": edited(keep_cls=False)}, r"\[CLS\] is to be put back"),
     (4, {"edit_sentences": edited(keep_pads=False)}, "padding has the generator's tokens"),
     (4, {"edit_sentences": edited(source="x")}, "the generator was given x;"),
@@ -279,22 +309,36 @@ MISTAKES = [
     (4, {"edit_sentences": edited(in_place=True)}, "x itself was changed"),
     (4, {"edit_sentences": edited(grad=True)}, "gradients on"),
     (4, {"edit_sentences": edited(blind=True)}, "not given the mask"),
+    (4, {"edit_sentences": lambda *a: (torch.set_grad_enabled(False), edited(grad=False)(*a))[1]}, "still switched off afterwards"),
+    (4, {"edit_sentences": lambda g, *others: edited()(g.eval(), *others)}, "eval mode"),
+    (4, {"edit_sentences": lambda *a: edited()(*a).int()}, "int64"),
+    (4, {"edit_sentences": lambda g, x, m, mask: torch.where(mask, edited()(g, x, m, mask), x)}, "padding is as it was in x"),
+    (4, {"edit_sentences": lambda g, x, m, mask: torch.cat([x[:1, :1].expand(len(x), 1), edited()(g, x, m, mask)[:, 1:]], 1)}, "first row's"),
     (5, {"replaced_token_loss": replaced_loss(pads=True)}, "padding counts"),
     (5, {"replaced_token_loss": replaced_loss(divide_by_all=True)}, "divided by"),
     (5, {"replaced_token_loss": replaced_loss(turned=True)}, "classes are turned"),
     (5, {"replaced_token_loss": replaced_loss(total=True)}, "sum"),
     (5, {"replaced_token_loss": replaced_loss(labels_of_pads=True)}, "padding counts as replaced"),
     (5, {"replaced_token_loss": replaced_loss(skip_cls=True)}, "position 0"),
+    (5, {"replaced_token_loss": lambda *a: (replaced_loss()(*a)[0].long(), replaced_loss()(*a)[1])}, "bool is wanted"),
+    (5, {"replaced_token_loss": lambda logits, x, e, mask: ((x != e) & (e != 0), replaced_loss()(logits, x, e, mask)[1])}, "not where an id is 0"),
+    (5, {"replaced_token_loss": unstable}, "large logits"),
     (6, {"read_with_h": with_h("nothing")}, "h is not there"),
     (6, {"read_with_h": with_h("in place")}, "overwritten"),
     (6, {"read_with_h": with_h("added")}, r"added to \[CLS\]"),
     (6, {"read_with_h": with_h("after")}, "after the layers"),
     (6, {"read_with_h": with_h("in front")}, "one place further"),
     (6, {"read_with_h": with_h("detached")}, "no gradient reaches h"),
+    (6, {"read_with_h": with_h("unmasked")}, "not given the mask"),
+    (6, {"read_with_h": with_h("early")}, "one place too early"),
+    (6, {"read_with_h": with_h("cold")}, "none reaches the other positions"),
     (7, {"attention": attention(scale=lambda d: 1)}, r"not divided by sqrt\(d\)"),
     (7, {"attention": attention(scale=lambda d: 1 / d)}, "divided by d;"),
     (7, {"attention": attention(keys=False)}, "laid over the queries"),
     (7, {"attention": attention(fill=0)}, "score 0"),
+    (7, {"attention": attention(fill=-100)}, "lower than any"),
+    (7, {"attention": attention(keys=False, fill=-1e9)}, "laid over the queries"),
+    (7, {"attention": attention(dim=-2, fill=-1e9)}, "over the queries"),
     (7, {"attention": attention(after=True)}, "no longer sum to 1"),
     (7, {"attention": attention(dim=-2)}, "over the queries"),
     (7, {"attention": lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v)}, "padding is read"),
@@ -303,22 +347,32 @@ MISTAKES = [
     (8, {"read_safetensors": reader(metadata=True)}, "__metadata__ is no tensor"),
     (8, {"read_safetensors": reader(shapes=False)}, "has the shape"),
     (8, {"read_safetensors": reader(checked=False)}, "read as if it were whole"),
+    (8, {"read_safetensors": reader(order="big")}, "lowest byte first"),
+    (8, {"read_safetensors": reader(encoding="latin-1")}, "the file holds"),
+    (8, {"read_safetensors": reader(offsets=False)}, "header's order|cut short|whole"),
     (9, {"spearman": spearman_with("in order")}, "in the order in which they stand"),
     (9, {"spearman": spearman_with("dense")}, "densely"),
     (9, {"spearman": spearman_with("lowest")}, "lowest of their ranks"),
     (9, {"spearman": spearman_with("highest")}, "highest of their ranks"),
     (9, {"spearman": lambda a, b: float(np.corrcoef(a, b)[0, 1])}, "Pearson's correlation of the values"),
     (9, {"spearman": no_ties}, "only without ties"),
+    (9, {"spearman": lambda a, b: (a.sort(), b.sort(), spearman_with("average")(a, b))[2]}, "expected|itself was changed"),
+    (9, {"spearman": lambda a, b: (spearman_with("average")(a, b), a.sort())[0]}, "a itself was changed"),
+    (9, {"spearman": lambda a, b: float(np.corrcoef(np.argsort(a), np.argsort(b))[0, 1])}, "argsort gives the order"),
+    (9, {"spearman": lambda a, b: float(np.float32(spearman_with("average")(a, b)))}, r"0\.4616902\d+ where 0\.4616902\d+"),
     (10, {"alignment_and_uniformity": spaces(square=1)}, "squared"),
     (10, {"alignment_and_uniformity": spaces(mean=np.sum)}, "it is the sum"),
     (10, {"alignment_and_uniformity": spaces(factor=1)}, "factor 2"),
     (10, {"alignment_and_uniformity": spaces(diagonal=0)}, "itself counts"),
     (10, {"alignment_and_uniformity": spaces(log_of_mean=False)}, "mean of the logs"),
+    (11, {"recall_at_k": lambda u, v, k: recall(u, v, k, 0.0)}, "0 with itself"),
     (12, kept(buffers=False), "buffer 1.running_mean"),
     (12, kept(moments=False), "optimizer begins anew"),
     (12, kept(count=False), "bias correction"),
     (12, kept(floats=True), "'steps' is a float"),
     (12, other_parameters(), "other parameters now"),
+    (12, kept(names=("step", "exp_avg", "exp_avg_sq")), "begins anew|has none of them|expected|another at step"),
+    (12, kept(numbers=str), "whole numbers"),
 ]  # fmt: skip
 
 
