@@ -17,9 +17,10 @@ import argparse
 import json
 import math
 import os
+import re
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -90,29 +91,35 @@ def read_run(folder: str) -> Run:
     return Run(folder, load_preset(str(path / "config.json")), log, results)
 
 
+def settings(run: Run) -> dict[str, object]:
+    """What one run may differ in from another: its config, and the program, where somebody's own stood in the place of diffcse.py."""
+    program = re.search(r"[^\s/\\]+\.py\b", run.results.get("command", ""))
+    return {name: value for name, value in asdict(run.cfg).items() if name not in SAME} | {"program": program[0] if program else "diffcse.py"}
+
+
 def group_runs(runs: list[Run]) -> list[Group]:
-    """Runs of one configuration together, named by the fewest fields that tell the groups apart."""
+    """Runs of the same settings together, named by the fewest that tell the groups apart."""
     found: dict[tuple, list[Run]] = {}
     for run in runs:
-        found.setdefault(tuple(value for name, value in asdict(run.cfg).items() if name not in SAME), []).append(run)
+        found.setdefault(tuple(settings(run).values()), []).append(run)
     of = [sorted(some, key=lambda run: run.cfg.seed) for some in found.values()]
     if len(of) == 1:
         name = preset_of(runs) or Path(runs[0].folder).resolve().name
         return [Group(name, name, "g1", of[0])]
-    configs, names = [some[0].cfg for some in of], []
+    those, names = [settings(some[0]) for some in of], []
 
     def told_apart(by: list[str]) -> int:
-        return len({tuple(getattr(cfg, name) for name in by) for cfg in configs})
+        return len({tuple(one[name] for name in by) for one in those})
 
     while told_apart(names) < len(of):
-        names.append(max(differing(configs), key=lambda name: told_apart([*names, name])))
-    titles = [", ".join(f"{name} {shown(getattr(cfg, name))}" for name in names) for cfg in configs]
+        names.append(max(differing(those), key=lambda name: told_apart([*names, name])))
+    titles = [", ".join(f"{name} {shown(one[name])}" for name in names) for one in those]
     return [Group(title, f"{chr(65 + i % 26)}: {title}", f"g{i % len(DASHES) + 1}", some) for i, (title, some) in enumerate(zip(titles, of))]
 
 
-def differing(configs: list[Config]) -> list[str]:
-    """The fields in which the groups differ, in the order of Config."""
-    return [f.name for f in fields(Config) if f.name not in SAME and len({getattr(cfg, f.name) for cfg in configs}) > 1]
+def differing(those: list[dict[str, object]]) -> list[str]:
+    """The settings in which the groups differ, in the order of Config."""
+    return [name for name in those[0] if len({one[name] for one in those}) > 1]
 
 
 def preset_of(runs: Iterable[Run]) -> str:
@@ -426,14 +433,14 @@ def heading(groups: list[Group]) -> str:
 
 
 def differences(groups: list[Group]) -> str:
-    configs, preset = [g.runs[0].cfg for g in groups], preset_of(run for g in groups for run in g.runs)
-    names, default, what = differing(configs), PRESETS.get(preset, Config()), f"the preset {preset}" if preset in PRESETS else "the defaults"
+    those, preset = [settings(g.runs[0]) for g in groups], preset_of(run for g in groups for run in g.runs)
+    names, default, what = differing(those), asdict(PRESETS.get(preset, Config())), f"the preset {preset}" if preset in PRESETS else "the defaults"
     text = "<p>Nothing but seeds: it is one group.</p>\n"
     if names:
         text = "<p>The groups are named by the fewest settings that tell them apart; these are all in which they differ.</p>\n"
-        text += table(["setting", *(g.label for g in groups)], [(name, *(shown(getattr(cfg, name)) for cfg in configs)) for name in names], "plain")
-    others = [(f.name, shown(getattr(configs[0], f.name)), shown(getattr(default, f.name))) for f in fields(Config)
-              if f.name not in {*SAME, *names} and getattr(configs[0], f.name) != getattr(default, f.name)]  # fmt: skip
+        text += table(["setting", *(g.label for g in groups)], [(name, *(shown(one[name]) for one in those)) for name in names], "plain")
+    others = [(name, shown(value), shown(default.get(name, "diffcse.py"))) for name, value in those[0].items()
+              if name not in names and value != default.get(name, "diffcse.py")]  # fmt: skip
     more = folded(f"What all share, and what {what} would have", table(["setting", "here", what], others, "plain") if others else "")
     return f"<h2>What differs</h2>\n{text}{more}"
 
@@ -592,8 +599,8 @@ def main() -> None:
     text = page(f"DiffCSE: {', '.join(g.name for g in groups)}", parts)
     write_atomically(args.out, text)
     if args.json:
-        names = differing([g.runs[0].cfg for g in groups])
-        report = [{"name": g.name, "differs": {name: getattr(g.runs[0].cfg, name) for name in names}, "seeds": [run.cfg.seed for run in g.runs],
+        names = differing([settings(g.runs[0]) for g in groups])
+        report = [{"name": g.name, "differs": {name: settings(g.runs[0])[name] for name in names}, "seeds": [run.cfg.seed for run in g.runs],
                    "runs": [run.folder for run in g.runs], "commands": [run.results["command"] for run in g.runs if run.results],
                    "curves": c, "table": t, "minutes": minutes_of(g)} for g, c, t in zip(groups, curves, tables)]  # fmt: skip
         write_atomically(args.json, json.dumps({"score": runs[0].cfg.score, "groups": report}, indent=1) + "\n")

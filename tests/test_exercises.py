@@ -471,3 +471,27 @@ def test_the_symptoms_in_the_text_are_those_that_were_measured():
     for number in (rows[1][1]["contrastive"], rows[1][40]["contrastive"], rows[4][0]["score"], rows[4][40]["score"], rows[None][0]["score"], rows[None][40]["score"]):
         assert f"{number:.2f}" in text, number
     assert rows[5][11]["positive_cosine"] > 0.99995 > rows[5][10]["positive_cosine"]
+
+
+SEEN = [  # experiment, the group's name, a field of the log or "score": its last mean ± std, as the text has it
+    ("1_seeds", "demo", "score", 2), ("2_lam", "lam 0", "contrastive", 3), ("2_lam", "lam 5", "contrastive", 3), ("2_lam", "lam 500", "contrastive", 3),
+    ("2_lam", "lam 500", "score", 2), ("2_lam", "lam 500", "prediction", 3), ("3_mask", "mask_ratio 0.05", "score", 2), ("3_mask", "mask_ratio 0.9", "score", 2),
+    ("3_mask", "mask_ratio 0.9", "accuracy_replaced", 2), ("3_mask", "mask_ratio 0.9", "accuracy_kept", 2), ("4_edit", "edit sample", "score", 2),
+    ("4_edit", "edit argmax", "score", 2), ("4_edit", "edit sample", "accuracy_replaced", 2), ("5_detach", "program diffcse.py", "contrastive", 3),
+    ("5_detach", "program detached.py", "contrastive", 3), ("5_detach", "program detached.py", "prediction", 3), ("5_detach", "program detached.py", "score", 2),
+    ("6_projector", "projector tanh", "contrastive", 3), ("6_projector", "projector tanh", "score", 2), ("6_projector", "projector batchnorm", "score", 2),
+    ("7_generator", "generator runs/weak", "score", 2), ("8_temperature", "temperature 1", "score", 2), ("8_temperature", "temperature 0.005", "score", 2)]  # fmt: skip
+
+
+@pytest.mark.parametrize("experiment, name, field, digits", SEEN)
+def test_what_was_seen_is_what_was_measured(experiment, name, field, digits):
+    measured = json.loads((ROOT / f"results/exercises/explore_{experiment}.json").read_text())
+    curve = next(group["curves"][field] for group in measured["groups"] if group["name"] == name)
+    text = (ROOT / "EXERCISES.md").read_text()
+    section = text[text.index(f"### {experiment[0]}. ") :].partition("\n### ")[0].partition("\n## ")[0]
+    assert f"{curve['mean'][-1]:.{digits}f} ± {curve['std'][-1]:.{digits}f}" in section, (curve["mean"][-1], curve["std"][-1])
+
+
+def test_no_experiment_took_more_than_five_minutes():
+    seconds = json.loads((ROOT / "results/exercises/seconds.json").read_text())
+    assert sorted(seconds["runs"]) == list("12345678") and max(seconds["runs"].values()) + max(seconds["page"].values()) <= 300

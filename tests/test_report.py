@@ -142,7 +142,7 @@ def test_groups_are_of_runs_that_differ_in_what_is_not_computed(tmp_path):
     groups = report.group_runs(runs)
     assert [g.label for g in groups] == ["A: lam 0.05, projector batchnorm", "B: lam 0, projector batchnorm", "C: lam 0, projector tanh", "D: lam 0.5, projector batchnorm"]
     assert [len(g.runs) for g in groups] == [3, 1, 1, 1] and len({g.css for g in groups}) == 4
-    assert report.differing([g.runs[0].cfg for g in groups]) == ["lr", "projector", "lam"]
+    assert report.differing([report.settings(g.runs[0]) for g in groups]) == ["lr", "projector", "lam"]
 
 
 def test_many_groups_are_all_told_apart():
@@ -336,6 +336,15 @@ def test_without_data_it_is_about_documentation(tmp_path, make, monkeypatch):
     assert f"Spearman x 100: {expected:.2f}" in page.text() and f"{2 * (score.half == 0).sum()} pairs of the half that chooses" in page.text()
     assert all(question in page.text() for question in docs.QUESTIONS) and re.search(r"0\.\d\d a\.name\d+: Return the name", page.text())
     assert {row[1][0] for t in page.tables if t[0][0][0] == "pair" for row in t[1:]} <= {"same function", "another function"}
+
+
+def test_a_program_of_ones_own_is_another_group():
+    """exercises/detached.py has the same config as diffcse.py, and is not the same."""
+    runs = [report.Run(f"{program}{seed}", Config(seed=seed), [], {"command": f"python {program} --config demo", "config": "demo"})
+            for program in ("/some/where/diffcse.py", "diffcse.py", "exercises/detached.py") for seed in (0, 1)]  # fmt: skip
+    groups = report.group_runs(runs)
+    assert [(g.name, len(g.runs)) for g in groups] == [("program diffcse.py", 4), ("program detached.py", 2)]
+    assert "program" not in report.differences(report.group_runs(runs[:4])) and "detached.py" in report.differences(report.group_runs(runs[4:]))
 
 
 def test_a_run_that_has_not_ended(tmp_path, make):
