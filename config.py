@@ -248,5 +248,5 @@ def parse_args(argv: list[str]) -> tuple[str, Config]:
         other = [f"{f.name} is {getattr(old, f.name)!r} there and {getattr(cfg, f.name)!r} here" for f in fields(Config)
                  if f.name not in MAY_CHANGE and getattr(old, f.name) != getattr(cfg, f.name)]  # fmt: skip
         if other:
-            raise UserError(f"--resume {folder}: {'; '.join(other)}. A run goes on as it began; {', '.join(MAY_CHANGE[1:])} may change")
+            raise UserError(f"--resume {folder}: {'; '.join(other)}. A run goes on as it began; {', '.join(MAY_CHANGE[2:])} may change")
     return "run" if name.endswith(".json") else name, cfg

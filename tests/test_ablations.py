@@ -835,5 +835,6 @@ def test_no_more_is_put_in_than_there_is_room_for(monkeypatch):
 
 def test_an_installed_package_without_the_ablations_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "lab", None)
-    with pytest.raises(UserError, match="the ablations are in lab/, beside diffcse.py in the repository"):
+    monkeypatch.delitem(sys.modules, "lab.ablations", raising=False)
+    with pytest.raises(UserError, match="lab/ablations.py is beside diffcse.py in the repository; an installed package has it not"):
         diffcse.build(diffcse.parse_args(["--config", "small", "--edit-with", "insert"])[1])
