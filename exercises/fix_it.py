@@ -42,7 +42,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bert.py and the others lie one folder up
 
 from bert import Bert, BertForMaskedLM, load_bert, write_atomically
-from data import TokenizedSentences, Tokenizer, find_model, mask_tokens, shuffled
+from data import TokenizedSentences, Tokenizer, find_model, mask_tokens, run_main, shuffled
 from embed import encode
 
 MODEL = "assets/small-bert"  # encoder, generator and discriminator all start here
@@ -193,4 +193,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

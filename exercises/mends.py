@@ -27,7 +27,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bert.py and the others lie one folder up
 
 from bert import load_bert, write_atomically
-from data import TokenizedSentences, find_model, mask_tokens
+from data import TokenizedSentences, find_model, mask_tokens, run_main
 
 FILE = Path(__file__).with_name("fix_it.py")
 
@@ -194,4 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
