@@ -3,7 +3,7 @@
     pytest exercises -k ex03        # checks the third; a message says what is wrong
 
 Write each function in place of its `raise`; most need 3 to 10 lines, the longest 20. The docstring says what goes in and
-comes out, with an example worked by hand. EXERCISES.md says where each is used, and has hints folded away. You need nothing
+comes out, with an example worked by hand. EXERCISES.md says what each is for, and has hints folded away. You need nothing
 but torch, numpy and Python's own modules. Inputs must not be changed. The solutions are the repository's own functions:
 answers.py says which.
 
@@ -59,9 +59,9 @@ def mask_tokens(ids: Tensor, special: Tensor, mask_id: int, vocab_size: int, rat
     """Exercise 3. BERT's masking, 80/10/10: from x to x'.
 
     Every token that is not special is selected with probability `ratio`, each by its own draw, so that their number varies.
-    Of the selected tokens 80 % become mask_id, 10 % become a random id (any from 0 to vocab_size - 1, special ones included),
-    and 10 % stay what they are; all of these count as selected. All random numbers come from `generator`
-    (torch.rand(..., generator=generator)), so that one seed gives the same masks again.
+    Of the selected tokens, each again by its own draw, 80 % become mask_id, 10 % become a random id (any from 0 to
+    vocab_size - 1, special ones included), and 10 % stay what they are; all of these count as selected. All random numbers
+    come from `generator` (torch.rand(..., generator=generator)), so that one seed gives the same masks again.
     Shapes: ids (R, T) int64; special (R, T) bool, True at [CLS], [SEP] and padding -> x' (R, T) int64, selected (R, T) bool.
 
         ids = [[2, 57, 91, 64, 3, 0]], special = [[True, False, False, False, True, True]], mask_id 4, ratio 0.5
@@ -76,7 +76,7 @@ def edit_sentences(generator: nn.Module, x: Tensor, x_masked: Tensor, mask: Tens
 
     generator(x_masked, mask) is a masked language model and gives logits (R, T, V). x'' has the token with the highest logit
     at EVERY position, masked or not, with two exceptions: position 0 keeps x's [CLS], and padding has id 0. Call the generator
-    with gradients switched off, and leave its mode (train or eval) as it is.
+    with gradients switched off, and in the mode that it is in (train or eval).
     Shapes: x, x_masked (R, T) int64, mask (R, T) bool, False at padding -> x'' (R, T) int64.
 
         x = [[1, 5, 6, 2, 0]], x_masked = [[1, 3, 6, 2, 0]], mask = [[True, True, True, True, False]]
@@ -98,7 +98,7 @@ def replaced_token_loss(logits: Tensor, x: Tensor, x_edited: Tensor, mask: Tenso
     Shapes: logits (R, T, 2), x, x_edited (R, T) int64, mask (R, T) bool -> replaced (R, T) bool, loss () with gradient.
 
         x = [[1, 5, 6, 0]], x'' = [[1, 7, 6, 0]], mask = [[True, True, True, False]] -> replaced = [[False, True, False, False]]
-        logits = [[[2, 0], [0, 1], [0, 0], [9, -9]]]
+        logits = [[[2, 0], [0, 1], [0, 0], [-1, 1]]]
         -> losses log(1 + e^-2) = 0.1269, log(1 + e^-1) = 0.3133, log 2 = 0.6931, none; the mean of the three is 0.3778
     """
     raise NotImplementedError("exercise 5: replaced_token_loss is not written yet")
@@ -144,7 +144,8 @@ def read_safetensors(path) -> dict[str, Tensor]:
         {"dtype": a key of DTYPES, "shape": [...], "data_offsets": [begin, end]}
     with bytes counted from where the DATA begins; tensors need not lie in the header's order. The name "__metadata__" is no
     tensor. Numbers lie row by row, lowest byte first. A shape may be [] (one number) or have a 0 in it (no numbers at all,
-    which torch.frombuffer refuses). Raises: ValueError where the file is shorter than its length field, header or offsets say.
+    which torch.frombuffer refuses). Raises: ValueError where the file ends before its length field, its header or the last
+    byte of a tensor does.
 
         {"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}} is 54 = 0x36 characters. The file: the bytes
         36 00 00 00 00 00 00 00, the header, and at byte 62 of the file, which is byte 0 of the data,
@@ -163,8 +164,8 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     Equal values share the mean of the ranks they take up. Neither list is constant.
     Shapes: (P,), (P,) float64 -> a float between -1 and 1.
 
-        a = [10, 20, 20, 40, 80]: ranks [1, 2.5, 2.5, 4, 5];  b = [2, 1, 4, 5, 3]: ranks [2, 1, 4, 5, 3]
-        minus their mean 3: [-2, -0.5, -0.5, 1, 2] and [-1, -2, 1, 2, 0] -> 4.5 / sqrt(9.5 * 10) = 0.4617
+        a = [20, 10, 80, 20, 40]: ranks [2.5, 1, 5, 2.5, 4];  b = [4, 2, 1, 5, 3]: ranks [4, 2, 1, 5, 3]
+        minus their mean 3: [-0.5, -2, 2, -0.5, 1] and [1, -1, -2, 2, 0] -> -3.5 / sqrt(9.5 * 10) = -0.3591
     """
     raise NotImplementedError("exercise 9: spearman is not written yet")
 
@@ -206,6 +207,8 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
     written at once. A run that is stopped after any step and goes on from this in a new process must come to the same
     weights, to the last bit, as one that was never stopped. The new process makes model and optimizer by the same code as
     before, and seeds each step by its number (torch.manual_seed), so random state need not be kept. There is no scheduler.
+    Do not count on AdamW: keep whatever the optimizer holds. A parameter that had no gradient yet has no state there; what
+    belongs to which parameter must survive that.
 
         nn.Linear(1, 1) and SGD without momentum: the weight and the bias. With AdamW: for each of the two also its two
         moments and its count of steps, which the bias correction reads.

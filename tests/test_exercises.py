@@ -69,7 +69,7 @@ def looped(a, b):
     return torch.stack([torch.stack([F.cosine_similarity(x, y, dim=0) for y in b]) for x in a])
 
 
-def masked(share=0.8, half=0.5, special_too=None, in_place=False, sentence_share=False, own_generator=True, same_rows=False, top=None):
+def masked(share=0.8, half=0.5, special_too=None, in_place=False, sentence_share=False, own_generator=True, same_rows=False, top=None, by_row=False):
     def mask_tokens(ids, special, mask_id, vocab_size, ratio, generator):
         generator = generator if own_generator else None
         draw = torch.rand((1, ids.shape[1]) if same_rows else ids.shape, generator=generator).expand(ids.shape)
@@ -79,7 +79,7 @@ def masked(share=0.8, half=0.5, special_too=None, in_place=False, sentence_share
             draw = draw.masked_fill(~may, 2)
             selected = (draw.argsort(1).argsort(1) < (may.sum(1, keepdim=True) * ratio).round()) & may
         out = ids if in_place else ids.clone()
-        rest = selected & ~(torch.rand(ids.shape, generator=generator) < share)
+        rest = selected & ~(torch.rand((len(ids), 1) if by_row else ids.shape, generator=generator) < share)
         random = rest & (torch.rand(ids.shape, generator=generator) < half)
         out[selected & ~rest] = mask_id
         out[random] = torch.randint(top or vocab_size, ids.shape, generator=generator)[random]
@@ -131,6 +131,8 @@ def with_h(how):
             for layer in bert.layers:
                 x = layer(x, mask)
             return torch.cat([h[:, None], x[:, 1:]], 1)
+        elif how == "longer":
+            x, mask = torch.cat([h[:, None], x], 1), torch.cat([mask[:, :1], mask], 1)
         elif how == "early":
             x = torch.cat([h[:, None], bert.embed(ids[:, 1:])], 1)
         elif how == "cold":
@@ -140,7 +142,9 @@ def with_h(how):
         elif how != "nothing":
             x = torch.cat([(h.detach() if how == "detached" else h)[:, None], x[:, 1:]], 1)
         for layer in bert.layers:
+            x = torch.cat([h[:, None], x[:, 1:]], 1) if how == "before each" else x
             x = layer(x, torch.ones_like(mask) if how == "unmasked" else mask)
+            x = torch.cat([h[:, None], x[:, 1:]], 1) if how == "again" else x
         return x
 
     return read_with_h
@@ -155,7 +159,7 @@ def attention(scale=lambda d: d**-0.5, keys=True, fill=-torch.inf, after=False, 
     return attend
 
 
-def reader(start=None, order="little", metadata=False, shapes=True, checked=True, encoding="utf-8", offsets=True):
+def reader(start=None, order="little", metadata=False, shapes=True, checked=True, encoding="utf-8", offsets=True, skip="__metadata__"):
     """A reader of safetensors files, whole or with one mistake."""
 
     def read_safetensors(path):
@@ -168,7 +172,7 @@ def reader(start=None, order="little", metadata=False, shapes=True, checked=True
         data = raw[{None: 8 + size, "file": 0, "header": size}[start] :]
         out = {}
         for name, entry in header.items():
-            if name == "__metadata__":
+            if name == skip:
                 if metadata:
                     out[name] = torch.tensor(0.0)
                 continue
@@ -231,6 +235,14 @@ def kept(buffers=True, moments=True, count=True, floats=False, names=None, numbe
     return {"state_of": state_of, "restore": restore}
 
 
+def in_order():
+    """State numbered as it stands in optimizer.state: a parameter without any moves all others on."""
+    def state_of(model, optimizer):
+        return {f"m.{n}": t for n, t in model.state_dict().items()} | {f"o.{i}.{n}": t for i, state in enumerate(optimizer.state.values()) for n, t in state.items()}
+
+    return kept() | {"state_of": state_of}
+
+
 def other_parameters():
     def restore(tensors, model, optimizer):
         for name, _ in list(model.named_parameters()):
@@ -287,6 +299,7 @@ MISTAKES = [
     (2, {"contrastive_loss": infonce("overflow")}, "more than a float holds"),
     (2, {"contrastive_loss": infonce("underflow")}, "less than a float holds"),
     (2, {"contrastive_loss": infonce("twice")}, "softmax is taken twice"),
+    (2, {"contrastive_loss": checks.simclr}, "as in SimCLR"),
     (3, {"mask_tokens": masked(special_too=3)}, r"touches \[SEP\]"),
     (3, {"mask_tokens": masked(special_too=2)}, r"touches \[CLS\]"),
     (3, {"mask_tokens": masked(special_too=0)}, "touches padding"),
@@ -294,6 +307,7 @@ MISTAKES = [
     (3, {"mask_tokens": masked(share=1.0)}, r"became \[MASK\]"),
     (3, {"mask_tokens": masked(half=0.1)}, "18 % of the selected stay"),
     (3, {"mask_tokens": masked(half=0.9)}, "2 % of the selected stay"),
+    (3, {"mask_tokens": masked(by_row=True)}, "its own draw again"),
     (3, {"mask_tokens": masked(sentence_share=True)}, "draw of its own|own draw"),
     (3, {"mask_tokens": masked(own_generator=False)}, "come from `generator`"),
     (3, {"mask_tokens": masked(same_rows=True)}, "all rows are masked at the same places"),
@@ -311,6 +325,8 @@ MISTAKES = [
     (4, {"edit_sentences": edited(blind=True)}, "not given the mask"),
     (4, {"edit_sentences": lambda *a: (torch.set_grad_enabled(False), edited(grad=False)(*a))[1]}, "still switched off afterwards"),
     (4, {"edit_sentences": lambda g, *others: edited()(g.eval(), *others)}, "eval mode"),
+    (4, {"edit_sentences": lambda g, *others: (edited()(g.eval(), *others), g.train())[0]}, "eval mode"),
+    (4, {"edit_sentences": lambda g, x, m, mask: torch.cat([m[:, :1], edited()(g, x, m, mask)[:, 1:]], 1)}, "that of x', where it may be masked"),
     (4, {"edit_sentences": lambda *a: edited()(*a).int()}, "int64"),
     (4, {"edit_sentences": lambda g, x, m, mask: torch.where(mask, edited()(g, x, m, mask), x)}, "padding is as it was in x"),
     (4, {"edit_sentences": lambda g, x, m, mask: torch.cat([x[:1, :1].expand(len(x), 1), edited()(g, x, m, mask)[:, 1:]], 1)}, "first row's"),
@@ -323,6 +339,9 @@ MISTAKES = [
     (5, {"replaced_token_loss": lambda *a: (replaced_loss()(*a)[0].long(), replaced_loss()(*a)[1])}, "bool is wanted"),
     (5, {"replaced_token_loss": lambda logits, x, e, mask: ((x != e) & (e != 0), replaced_loss()(logits, x, e, mask)[1])}, "not where an id is 0"),
     (5, {"replaced_token_loss": unstable}, "large logits"),
+    (5, {"replaced_token_loss": lambda logits, *others: replaced_loss()(logits.softmax(-1), *others)}, "softmax is taken twice"),
+    (5, {"replaced_token_loss": lambda logits, x, e, mask: (r := (x != e) & mask, F.binary_cross_entropy_with_logits(logits[..., 1][mask], r[mask].to(logits)))}, "only the second logit"),
+    (5, {"replaced_token_loss": lambda logits, x, e, mask: replaced_loss(pads=True)(logits * mask[..., None], x, e, mask)}, "log 2 each"),
     (6, {"read_with_h": with_h("nothing")}, "h is not there"),
     (6, {"read_with_h": with_h("in place")}, "overwritten"),
     (6, {"read_with_h": with_h("added")}, r"added to \[CLS\]"),
@@ -330,6 +349,9 @@ MISTAKES = [
     (6, {"read_with_h": with_h("in front")}, "one place further"),
     (6, {"read_with_h": with_h("detached")}, "no gradient reaches h"),
     (6, {"read_with_h": with_h("unmasked")}, "not given the mask"),
+    (6, {"read_with_h": with_h("again")}, "again after a layer"),
+    (6, {"read_with_h": with_h("before each")}, "again before each layer"),
+    (6, {"read_with_h": with_h("longer")}, "one place longer"),
     (6, {"read_with_h": with_h("early")}, "one place too early"),
     (6, {"read_with_h": with_h("cold")}, "none reaches the other positions"),
     (7, {"attention": attention(scale=lambda d: 1)}, r"not divided by sqrt\(d\)"),
@@ -337,6 +359,10 @@ MISTAKES = [
     (7, {"attention": attention(keys=False)}, "laid over the queries"),
     (7, {"attention": attention(fill=0)}, "score 0"),
     (7, {"attention": attention(fill=-100)}, "lower than any"),
+    (7, {"attention": lambda q, k, v, mask: (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + ~mask[:, None, None, :] * -10000.0).softmax(-1) @ v}, "wild numbers"),
+    (7, {"attention": lambda q, k, v, mask: attention(scale=lambda d: q.shape[2] ** -0.5)(q, k, v, mask)}, "root of T"),
+    (7, {"attention": lambda q, k, v, mask: attention(scale=lambda d: 1)(q, k, v, mask) / q.shape[-1] ** 0.5}, "output is divided"),
+    (7, {"attention": lambda q, k, v, mask: attention()(q, k, v, mask) * mask[:, None, :, None]}, "queries at padding were set to 0"),
     (7, {"attention": attention(keys=False, fill=-1e9)}, "laid over the queries"),
     (7, {"attention": attention(dim=-2, fill=-1e9)}, "over the queries"),
     (7, {"attention": attention(after=True)}, "no longer sum to 1"),
@@ -345,12 +371,13 @@ MISTAKES = [
     (8, {"read_safetensors": reader(start="file")}, "not from the file's"),
     (8, {"read_safetensors": reader(start="header")}, "AND the 8 bytes"),
     (8, {"read_safetensors": reader(metadata=True)}, "__metadata__ is no tensor"),
+    (8, {"read_safetensors": reader(skip="nothing")}, "__metadata__ is no tensor"),
     (8, {"read_safetensors": reader(shapes=False)}, "has the shape"),
     (8, {"read_safetensors": reader(checked=False)}, "read as if it were whole"),
     (8, {"read_safetensors": reader(order="big")}, "lowest byte first"),
     (8, {"read_safetensors": reader(encoding="latin-1")}, "the file holds"),
     (8, {"read_safetensors": reader(offsets=False)}, "header's order|cut short|whole"),
-    (9, {"spearman": spearman_with("in order")}, "in the order in which they stand"),
+    (9, {"spearman": spearman_with("in order")}, "the worked example: equal values are ranked in the order in which they stand; they are to share the mean of their ranks$"),
     (9, {"spearman": spearman_with("dense")}, "densely"),
     (9, {"spearman": spearman_with("lowest")}, "lowest of their ranks"),
     (9, {"spearman": spearman_with("highest")}, "highest of their ranks"),
@@ -358,14 +385,16 @@ MISTAKES = [
     (9, {"spearman": no_ties}, "only without ties"),
     (9, {"spearman": lambda a, b: (a.sort(), b.sort(), spearman_with("average")(a, b))[2]}, "expected|itself was changed"),
     (9, {"spearman": lambda a, b: (spearman_with("average")(a, b), a.sort())[0]}, "a itself was changed"),
-    (9, {"spearman": lambda a, b: float(np.corrcoef(np.argsort(a), np.argsort(b))[0, 1])}, "argsort gives the order"),
-    (9, {"spearman": lambda a, b: float(np.float32(spearman_with("average")(a, b)))}, r"0\.4616902\d+ where 0\.4616902\d+"),
+    (9, {"spearman": lambda a, b: float(np.corrcoef(np.argsort(a), np.argsort(b))[0, 1])}, "argsort says which element comes first, not which rank the first element has$"),
+    (9, {"spearman": lambda a, b: float(np.float32(spearman_with("average")(a, b)))}, r"-0\.3590924\d+ where -0\.3590924\d+"),
     (10, {"alignment_and_uniformity": spaces(square=1)}, "squared"),
     (10, {"alignment_and_uniformity": spaces(mean=np.sum)}, "it is the sum"),
+    (10, {"alignment_and_uniformity": lambda u, v: (float((1 - (u * v).sum(1)).mean()), spaces()(u, v)[1])}, "1 - cosine"),
+    (10, {"alignment_and_uniformity": lambda u, v: (spaces()(u, v)[0], (spaces()(u, u[::-1])[1] + 1))}, "expected"),
     (10, {"alignment_and_uniformity": spaces(factor=1)}, "factor 2"),
-    (10, {"alignment_and_uniformity": spaces(diagonal=0)}, "itself counts"),
+    (10, {"alignment_and_uniformity": spaces(diagonal=0)}, "row is paired with itself"),
     (10, {"alignment_and_uniformity": spaces(log_of_mean=False)}, "mean of the logs"),
-    (11, {"recall_at_k": lambda u, v, k: recall(u, v, k, 0.0)}, "0 with itself"),
+    (11, {"recall_at_k": lambda u, v, k: recall(u, v, k, 0.0)}, "finds itself"),
     (12, kept(buffers=False), "buffer 1.running_mean"),
     (12, kept(moments=False), "optimizer begins anew"),
     (12, kept(count=False), "bias correction"),
@@ -373,6 +402,8 @@ MISTAKES = [
     (12, other_parameters(), "other parameters now"),
     (12, kept(names=("step", "exp_avg", "exp_avg_sq")), "begins anew|has none of them|expected|another at step"),
     (12, kept(numbers=str), "whole numbers"),
+    (12, in_order(), "mixed up|whole numbers|begins anew|parameter"),
+    (12, {"state_of": lambda model, optimizer: model.state_dict() | {f"{i}": optimizer.state[p]["exp_avg"] for i, p in enumerate(model.parameters())}}, "whatever state"),
 ]  # fmt: skip
 
 
