@@ -1,6 +1,6 @@
 """For the teacher: what is wrong in fix_it.py, as old and new lines, and what each mistake looks like in a log.
 
-    python exercises/mends.py symptoms --json results/exercises/fix_it.json              # a run for each mistake, ten minutes
+    python exercises/mends.py symptoms --json results/exercises/fix_it.json              # a run for each mistake, six minutes
     python exercises/mends.py symptoms --json results/exercises/fix_it.json --seeds 0,1,2
     python exercises/mends.py lines                                                      # the old and new lines
 

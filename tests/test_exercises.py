@@ -490,7 +490,7 @@ def test_each_planted_bug_fails_its_own_test_and_no_other(left):
 
 def test_the_symptoms_in_the_text_are_those_that_were_measured():
     text, measured = (ROOT / "EXERCISES.md").read_text(), json.loads((ROOT / "results/exercises/fix_it.json").read_text())
-    rows = {run["mistake"]: run["rows"] for run in measured["runs"] if (run["lam"], run["lr"]) == (0.05, 3e-5)}
+    rows = {run["mistake"]: run["rows"] for run in measured["runs"] if (run["lam"], run["lr"], run["seed"]) == (0.05, 3e-5, 0)}
 
     def mean(which, name, steps):
         return np.mean([row[name] for row in rows[which] if row["step"] in steps])
@@ -502,6 +502,27 @@ def test_the_symptoms_in_the_text_are_those_that_were_measured():
     for number in (rows[1][1]["contrastive"], rows[1][40]["contrastive"], rows[4][0]["score"], rows[4][40]["score"], rows[None][0]["score"], rows[None][40]["score"]):
         assert f"{number:.2f}" in text, number
     assert rows[5][11]["positive_cosine"] > 0.99995 > rows[5][10]["positive_cosine"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_symptom_shows_with_every_seed(seed):
+    runs = json.loads((ROOT / "results/exercises/fix_it.json").read_text())["runs"]
+    of = {(run["mistake"], run["lam"], run["lr"]): run for run in runs if run["seed"] == seed}
+    right, bug = of[None, 0.05, 3e-5], {n: of[n, 0.05, 3e-5] for n in mends.MENDS}
+
+    def column(run, name, steps=range(1, 41)):
+        return [run["rows"][step][name] for step in steps]
+
+    assert min(column(bug[1], "contrastive")) > 3.4 > 1 > column(right, "contrastive")[0]
+    assert column(bug[2], "contrastive") == column(of[2, 5.0, 3e-5], "contrastive") and column(right, "contrastive") != column(of[None, 5.0, 3e-5], "contrastive")
+    assert np.mean(column(bug[3], "share_replaced")) - np.mean(column(right, "share_replaced")) > 0.04
+    assert bug[4]["rows"][0]["score"] < 47 < 55 < right["rows"][0]["score"]
+    assert min(column(bug[5], "positive_cosine", range(11, 41))) > 0.9999 and max(column(right, "positive_cosine")) < 0.6
+    assert bug[6]["padded_losses"][0] > 1.5 * bug[6]["padded_losses"][1] and np.isclose(*right["padded_losses"], rtol=1e-5)
+    assert (bug[7]["num_batches_tracked"], right["num_batches_tracked"]) == (80, 40)
+    warm, warm_right = of[8, 0.05, 1e-3], of[None, 0.05, 1e-3]
+    assert np.mean(column(warm, "share_replaced", range(31, 41))) > 0.4 > 0.3 > np.mean(column(warm_right, "share_replaced", range(31, 41)))
+    assert warm["generator_moved"] > 0 == warm_right["generator_moved"]
 
 
 SEEN = [  # experiment, the group's name, a field of the log or "score": its last mean ± std, as the text has it
