@@ -75,7 +75,8 @@ def explain(cfg: Config) -> str:
         return tokenizer.backend.id_to_token(int(i)) or f"#{int(i)}"
 
     length = int(mask[0].sum())  # of the sentence, in tokens
-    uncut = tokenizer.backend.encode(sentence).tokens if tokenizer.backend.no_truncation() is None else []
+    tokenizer.backend.no_truncation()
+    uncut = tokenizer.backend.encode(sentence).tokens
     lines = [f"Step {step + 1}, seed {cfg.seed}" + f", of the run in {cfg.resume}" * bool(cfg.resume) + f". {len(batch)} sentences in 2 views each, at most {x.shape[1]} tokens long.",
              wrapped(f"\nThe sentence: {sentence}"), wrapped(f"Its {length} tokens: {' '.join(map(word, x[0, :length]))}")]  # fmt: skip
     if len(uncut) > length:
