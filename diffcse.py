@@ -487,7 +487,7 @@ def fit(cfg: Config, name: str, out: Path, model: TrainingModel, score, sentence
         started: float) -> tuple[dict, dict[str, dict[str, float]]]:  # fmt: skip
     """The steps, in the run's folder `out`, from the first one or from where its state says. Returns results.json and its table's rows, on rank 0."""
     tokenizer, device, V, first = model.tokenizer, model.encoder.device, sentences.views, ranks.rank() == 0
-    settings = json.dumps(asdict(replace(cfg, out_dir="", resume="", explain="")), indent=2) + "\n"
+    settings = json.dumps(asdict(replace(cfg, out_dir="", resume="")), indent=2) + "\n"
     tensors, facts = load_state(out) or ({}, {})
     if (out / "results.json").is_file():
         raise UserError(f"{out} holds a run that has ended: its results.json is there")

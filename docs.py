@@ -369,13 +369,17 @@ class DocsScore:
     def test(self, encoder) -> dict[str, float]:
         return self._scores(encoder, 1) | score_pairs(encoder, self.sts)
 
+    def asked(self, half: int) -> tuple[np.ndarray, np.ndarray]:
+        """The pairs of a half, and for each another function's, far away in the alphabet. Shapes: (Q,), (Q,)."""
+        queries = np.flatnonzero(self.half == half)
+        return queries, (queries + len(self.left) // 2) % len(self.left)
+
     def _scores(self, encoder, half: int) -> dict[str, float]:
         P = len(self.left)
         vectors = encoder([*self.left, *self.right])
         a, b = vectors[:P], vectors[P:]  # (P, D) each
-        queries = np.flatnonzero(self.half == half)
+        queries, others = self.asked(half)
         scores = retrieval_scores(a, b, queries)
-        others = (queries + P // 2) % P  # far away in the alphabet: another function
         cosines = np.concatenate([cosine(a[queries], b[queries]), cosine(a[queries], b[others])])
         same = np.repeat([1, 0], len(queries))
         return {"score": scores["mrr"], **scores, "spearman": 100 * spearman(cosines, same)}

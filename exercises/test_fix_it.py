@@ -9,8 +9,6 @@ Not here: the module that is tested, which the fixture `fix_it` gives.
 """
 
 import copy
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -19,8 +17,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bert.py and the others lie one folder up
 
 import diffcse
 from bert import Bert, BertConfig, BertForMaskedLM, load_bert

@@ -24,31 +24,33 @@ def fail(message: str):
 
 def compare(got, expected, what: str, mistakes: dict[str, object] | None = None, tolerance: float = 1e-5) -> None:
     """Fails where got is not expected: with the known mistakes whose value it is, else with where they differ most."""
-    wanted = torch.as_tensor(np.asarray(expected)) if not isinstance(expected, Tensor) else expected.detach()
     if not isinstance(got, (Tensor, np.ndarray, np.generic, float, int)):
         fail(f"{what}: it returned {'nothing (is a return missing?)' if got is None else f'a {type(got).__name__}'}")
-    found = torch.as_tensor(np.asarray(got)) if not isinstance(got, Tensor) else got.detach()
-
+    found, wanted = doubles(got), doubles(expected)
     if alike(found, wanted, tolerance):
         return
     if known := [message for message, value in (mistakes or {}).items() if alike(found, value, tolerance)]:
         fail(f"{what}: " + "; or ".join(known))
     if found.shape != wanted.shape:
         fail(f"{what}: the shape is {tuple(found.shape)} where {tuple(wanted.shape)} is expected")
-    if not found.double().isfinite().all():
-        fail(f"{what}: {int((~found.double().isfinite()).sum())} of {found.numel()} numbers are NaN or infinite")
-    difference = (found.double() - wanted.double()).abs()
+    if not found.isfinite().all():
+        fail(f"{what}: {int((~found.isfinite()).sum())} of {found.numel()} numbers are NaN or infinite")
+    difference = (found - wanted).abs()
     place = tuple(int(i) for i in np.unravel_index(int(difference.argmax()), difference.shape)) if difference.ndim else ()
     digits = 6 if f"{found[place].item():.6g}" != f"{wanted[place].item():.6g}" else 12  # float32 where float64 came in
     fail(f"{what}: {found[place].item():.{digits}g}{f' at {list(place)}' if place else ''} where {wanted[place].item():.{digits}g} is expected")
 
 
 def compare_cases(function, cases: dict[str, tuple], tolerance: float = 1e-5) -> None:
-    """compare() for each case, {what: (inputs, expected, mistakes)}; of several mistakes those are named that explain all cases."""
+    """compare() for each case, {what: (inputs by name, expected, mistakes)}; of several mistakes those are named that explain all cases.
+
+    The inputs must stay what they are.
+    """
     answers, known = {}, None
     for what, (inputs, _, mistakes) in cases.items():
         try:
-            answers[what] = function(*inputs)
+            with Untouched(**{name: value for name, value in inputs.items() if isinstance(value, (Tensor, np.ndarray))}):
+                answers[what] = function(*inputs.values())
         except Exception:
             if not answers:
                 raise
@@ -56,13 +58,17 @@ def compare_cases(function, cases: dict[str, tuple], tolerance: float = 1e-5) ->
         explain = {message for message, value in mistakes.items() if alike(answers[what], value, tolerance)}
         known = explain if known is None else known & explain
     for what, (inputs, expected, mistakes) in cases.items():
-        got = answers[what] if what in answers else function(*inputs)
+        got = answers[what] if what in answers else function(*inputs.values())
         compare(got, expected, what, {message: value for message, value in mistakes.items() if message in known} or mistakes, tolerance)
 
 
+def doubles(x) -> Tensor:
+    return x.detach().double() if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x, float))
+
+
 def alike(got, value, tolerance: float) -> bool:
-    got, value = (x.detach() if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x, float)) for x in (got, value))
-    return got.shape == value.shape and torch.allclose(got.double(), value.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
+    got, value = doubles(got), doubles(value)
+    return got.shape == value.shape and torch.allclose(got, value, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 class Untouched:
@@ -121,9 +127,7 @@ def test_ex01_cosine_matrix(write_it):
     for what, (a, b) in cases.items():
         dots, over_a, over_b = a @ b.T, a.norm(dim=1), b.norm(dim=1)
         expected = dots / (over_a[:, None] * over_b)
-        with Untouched(a=a, b=b):
-            write_it.cosine_matrix(a, b)
-        checked[what] = (a, b), expected, {
+        checked[what] = {"a": a, "b": b}, expected, {
             "it is transposed: rows are to be a's, columns b's": expected.T,
             "these are products, not cosines: both vectors are to be brought to length 1": dots,
             "only a's vectors are brought to length 1": dots / over_a[:, None],
@@ -305,11 +309,10 @@ class Guess(nn.Module):
         super().__init__()
         self.table = (torch.arange(words) * 7 + 13) % words
         self.weight = nn.Parameter(torch.ones(()))
-        self.seen, self.was_training = [], []
+        self.seen = []  # of each call: ids, mask, whether in train mode, whether with gradients
 
     def forward(self, ids, mask):
-        self.was_training.append(self.training)
-        self.seen.append((ids, mask))
+        self.seen.append((ids, mask, self.training, torch.is_grad_enabled()))
         return F.one_hot(self.table[ids], len(self.table)).float() * self.weight
 
 
@@ -329,7 +332,7 @@ def test_ex04_edit(write_it):
             fail("gradients are still switched off afterwards, and nothing could be trained any more: use `with torch.no_grad():`")
     finally:
         torch.set_grad_enabled(True)
-    if not generator.training or not all(generator.was_training):
+    if not generator.training or not all(training for _, _, training, _ in generator.seen):
         fail("the generator was put in eval mode; it is to be called in the mode that it is in (published, in train mode, with its dropout)")
     if not torch.equal(x, before) or not torch.equal(x_masked, masked_before):
         fail(f"{'x_masked' if torch.equal(x, before) else 'x'} itself was changed: x'' is to be a tensor of its own")
@@ -363,10 +366,9 @@ def test_ex04_edit(write_it):
 
 
 def test_ex04_edit_makes_no_graph(write_it):
-    generator, on = Guess(), []
-    generator.register_forward_hook(lambda *_: on.append(torch.is_grad_enabled()))
+    generator = Guess()
     write_it.edit_sentences(generator, torch.tensor([[1, 5, 2]]), torch.tensor([[1, 3, 2]]), torch.ones(1, 3, dtype=torch.bool))
-    if any(on):
+    if any(gradients for *_, gradients in generator.seen):
         fail("the generator ran with gradients on: it is fixed, and the memory for going back through it is wasted")
 
 
@@ -516,7 +518,7 @@ def test_ex07_attention(write_it):
             return scores.softmax(dim) @ v  # noqa: B023
 
         right = read(scaled.masked_fill(~keys, -torch.inf))
-        checked[what] = (q, k, v, mask), right, {
+        checked[what] = {"q": q, "k": k, "v": v, "mask": mask}, right, {
             "the scores are divided by the root of T, the number of tokens; it is to be by that of d": read((scores / q.shape[2] ** 0.5).masked_fill(~keys, -torch.inf)),
             "the output is divided by sqrt(d); the scores are to be, before the softmax": read(scores.masked_fill(~keys, -torch.inf)) / d**0.5,
             "queries at padding were set to 0; they are computed like the others": right * queries,
@@ -657,7 +659,7 @@ def test_ex09_spearman(write_it):
     for what, (a, b) in pairs.items():
         with_ranks = {kind: np.corrcoef(ranks_of(a, kind), ranks_of(b, kind))[0, 1] for kind in ("average", "in order", "dense", "lowest", "highest")}
         d, order = ranks_of(a) - ranks_of(b), np.corrcoef(np.argsort(a, kind="stable"), np.argsort(b, kind="stable"))[0, 1]
-        cases[what] = (a, b), with_ranks["average"], {
+        cases[what] = {"a": a, "b": b}, with_ranks["average"], {
             "argsort says which element comes first, not which rank the first element has": order,
             "equal values are ranked in the order in which they stand; they are to share the mean of their ranks": with_ranks["in order"],
             "equal values are ranked densely (1, 2, 2, 3); they are to share the mean of their ranks (1, 2.5, 2.5, 4)": with_ranks["dense"],
@@ -666,9 +668,6 @@ def test_ex09_spearman(write_it):
             "this is Pearson's correlation of the values themselves; Spearman's is of their ranks": np.corrcoef(a, b)[0, 1],
             "the formula 1 - 6 sum d^2 / (n (n^2 - 1)) holds only without ties": 1 - 6 * (d @ d) / (len(a) * (len(a) ** 2 - 1)),
             "the sign is turned round": -with_ranks["average"]}  # fmt: skip
-    for a, b in pairs.values():
-        with Untouched(a=a, b=b):
-            write_it.spearman(a, b)
     compare_cases(write_it.spearman, cases, 1e-9)
 
 
@@ -749,10 +748,8 @@ def test_ex11_recall(write_it):
         inputs[f"{P} pairs, k = {k}"] = (u, v, k)
     cases = {}
     for what, (u, v, k) in inputs.items():
-        with Untouched(u=u, v=v):
-            write_it.recall_at_k(u, v, k)
         mistakes = recalls(u, v, k)
-        cases[what] = (u, v, k), mistakes.pop(""), mistakes
+        cases[what] = {"u": u, "v": v, "k": k}, mistakes.pop(""), mistakes
     compare_cases(write_it.recall_at_k, cases)
 
 

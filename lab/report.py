@@ -34,6 +34,7 @@ from data import find_senteval, read_lines, run_main
 from embed import encode, open_model
 from eval_sts import average_ranks, load_set, spearman
 from lab.analysis import QUERIES, group, neighbours, vectors_of
+from lab.explain import columns as columns_of_text
 
 # ----------------------------------------------------------------------------------------------------------------
 # Runs, and groups of them
@@ -66,6 +67,7 @@ class Group(NamedTuple):
     label: str  # with its letter, where there are others
     css: str  # the class that colours it
     runs: list[Run]  # by their seeds
+    settings: dict[str, object]  # of each of them
 
 
 def read_run(folder: str) -> Run:
@@ -105,7 +107,7 @@ def group_runs(runs: list[Run]) -> list[Group]:
     of = [sorted(some, key=lambda run: run.cfg.seed) for some in found.values()]
     if len(of) == 1:
         name = preset_of(runs) or Path(runs[0].folder).resolve().name
-        return [Group(name, name, "g1", of[0])]
+        return [Group(name, name, "g1", of[0], settings(runs[0]))]
     those, names = [settings(some[0]) for some in of], []
 
     def told_apart(by: list[str]) -> int:
@@ -114,7 +116,7 @@ def group_runs(runs: list[Run]) -> list[Group]:
     while told_apart(names) < len(of):
         names.append(max(differing(those), key=lambda name: told_apart([*names, name])))
     titles = [", ".join(f"{name} {shown(one[name])}" for name in names) for one in those]
-    return [Group(title, f"{chr(65 + i % 26)}: {title}", f"g{i % len(DASHES) + 1}", some) for i, (title, some) in enumerate(zip(titles, of))]
+    return [Group(title, f"{chr(65 + i % 26)}: {title}", f"g{i % len(DASHES) + 1}", some, one) for i, (title, some, one) in enumerate(zip(titles, of, those))]
 
 
 def differing(those: list[dict[str, object]]) -> list[str]:
@@ -198,8 +200,7 @@ def find_material(data: str, runs: list[Run]) -> Material:
     import docs  # imports hundreds of modules to read what is written about them: only where nothing better is there
 
     score = docs.DocsScore()
-    a = np.flatnonzero(score.half == 0)  # the half that chooses; the other one is for the table
-    b = (a + len(score.left) // 2) % len(score.left)  # another function
+    a, b = score.asked(0)  # the half that chooses; the other one is for the table
     left, right = [score.left[i] for i in (*a, *a)], [score.right[i] for i in (*a, *b)]
     what = (f"Two libraries' summaries of the same function, and of another one: {len(left)} pairs of the half that chooses the checkpoint. "
             "(With --data DIR, which holds STS/, this is about STS-B dev.)")  # fmt: skip
@@ -433,7 +434,7 @@ def heading(groups: list[Group]) -> str:
 
 
 def differences(groups: list[Group]) -> str:
-    those, preset = [settings(g.runs[0]) for g in groups], preset_of(run for g in groups for run in g.runs)
+    those, preset = [g.settings for g in groups], preset_of(run for g in groups for run in g.runs)
     names, default, what = differing(those), asdict(PRESETS.get(preset, Config())), f"the preset {preset}" if preset in PRESETS else "the defaults"
     text = "<p>Nothing but seeds: it is one group.</p>\n"
     if names:
@@ -566,12 +567,11 @@ def summary(groups: list[Group], tables: list[dict[str, dict]]) -> str:
     """The page's main numbers as text, a row for each group."""
     columns = [name for t in tables for name in t if name not in FACTS]
     main = next((name for name in ("average", "mrr", *columns) if name in columns), "-")  # what one would be told first
-    rows = [["", "dev before", "dev best", f"after: {main}", "seeds", "minutes"]]
+    rows = []
     for g, t in zip(groups, tables):
         numbers = [plus_minus(t.get(name)) for name in ("dev_before", "dev_best", main)]
         rows.append([g.label, *(text.replace("\u00a0", " ") for text in numbers), str(len(g.runs)), f"{minutes_of(g):.2f}"])
-    first, *others = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(f"{label:<{first}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, others)) for label, *cells in rows)
+    return columns_of_text(["", "dev before", "dev best", f"after: {main}", "seeds", "minutes"], rows, "<>>>>>")
 
 
 def main() -> None:
@@ -599,8 +599,8 @@ def main() -> None:
     text = page(f"DiffCSE: {', '.join(g.name for g in groups)}", parts)
     write_atomically(args.out, text)
     if args.json:
-        names = differing([settings(g.runs[0]) for g in groups])
-        report = [{"name": g.name, "differs": {name: settings(g.runs[0])[name] for name in names}, "seeds": [run.cfg.seed for run in g.runs],
+        names = differing([g.settings for g in groups])
+        report = [{"name": g.name, "differs": {name: g.settings[name] for name in names}, "seeds": [run.cfg.seed for run in g.runs],
                    "runs": [run.folder for run in g.runs], "commands": [run.results["command"] for run in g.runs if run.results],
                    "curves": c, "table": t, "minutes": minutes_of(g)} for g, c, t in zip(groups, curves, tables)]  # fmt: skip
         write_atomically(args.json, json.dumps({"score": runs[0].cfg.score, "groups": report}, indent=1) + "\n")
