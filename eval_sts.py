@@ -1,90 +1,86 @@
-"""Semantic textual similarity: does the cosine of two vectors rank sentence pairs as people do?
+"""Semantic textual similarity: do cosines rank sentence pairs as people do?
 
-    python eval_sts.py MODEL... [--pooler mean] [--data DIR] [--json FILE]
-    python eval_sts.py MODEL --detail                                      # every sub-source and split
-    python eval_sts.py MODEL --pooler avg_first_last --whiten self         # the rows of Table 1 that need no training
+    python eval_sts.py MODEL... [--pooler mean] [--data DIR] [--json FILE] [--detail]
 
-Spearman's correlation from scratch, the seven test sets of the paper's Table 1 (STS12-16, STS-B, SICK-R) read and
-scored as published: for STS12-16 one correlation over all pairs of a year, sub-sources concatenated ("all", SPEC
-7.4), times 100. Development sets (STS-B dev, SICK-R trial) are for choosing settings and checkpoints.
+Spearman's correlation from scratch, and the seven test sets of the paper's Table 1 (STS12-16,
+STS-B, SICK-R), read and scored as published. STS12-16 are scored in the "all" setting: one
+correlation over all pairs of a year, with its sub-sources concatenated. Scores are times 100.
+Development sets (STS-B dev, SICK-R trial) are for choosing settings and checkpoints.
 
-Letters: P pairs of a set, D numbers of a vector.
-Not here: transfer tasks (eval_transfer.py); the paper's analyses of vectors (lab/analysis.py).
+Shapes: P pairs of a set, D hidden size.
+Not here: whitening, transfer tasks and the paper's analyses of embeddings (see lab/).
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
 
-from bert import UserError, write_atomically
-from data import find_senteval, find_text, read_sentences, run_main
-from embed import POOLINGS, encode, open_model
+from data import read_lines, read_sentences
+from embed import POOLINGS, encode
+from engine.cli import Parser, add_model_flags
+from engine.errors import UserError, run_main, write_atomically
+from engine.hub import ROOT, find_senteval, find_text
+from engine.model_folder import load_model
+from engine.run import pick_device
 
-WHITENING_SENTENCES = 10_000  # of a file that whitening is fitted on
-
-# ----------------------------------------------------------------------------------------------------------------
-# Spearman's correlation: Pearson's, of the ranks
+# ------------------------------------------------------------------------------------------------
+# Spearman's correlation: Pearson's correlation of the ranks
 
 
 def average_ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1; equal values share the mean of the ranks they take up. Shapes: (P,) -> (P,) float64.
-
-    [30, 10, 30, 20] -> [3.5, 1, 3.5, 2]
-    """
+    """Ranks from 1; equal values share their mean rank: [30, 10, 30, 20] -> [3.5, 1, 3.5, 2]."""
     _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum()  # the highest rank in each group of equals
+    last = counts.cumsum()  # the highest rank in each group of equal values
     return (last - (counts - 1) / 2)[group.reshape(-1)]
 
 
-def pearson(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's correlation. Shapes: (P,), (P,)."""
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's rank correlation, from -1 to 1, with average ranks. Shapes: (P,), (P,).
+
+    Raises: UserError where it is undefined: fewer than 2 pairs, all values equal, NaN, infinity.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape != b.shape or a.ndim != 1 or len(a) < 2:
+        raise UserError(f"Spearman needs 2 or more pairs of values, not {a.shape} and {b.shape}")
+    for values in (a, b):
+        if broken := np.count_nonzero(~np.isfinite(values)):
+            raise UserError(f"{broken} of {len(values)} values are NaN or infinite (diverged?)")
+        if (values == values[0]).all():
+            raise UserError(f"Spearman is undefined: all values are {values[0]:g} (collapsed?)")
+    a, b = average_ranks(a), average_ranks(b)
     a, b = a - a.mean(), b - b.mean()
     return float(a @ b / np.sqrt((a @ a) * (b @ b)))
 
 
-def spearman(a, b) -> float:
-    """Spearman's rank correlation, between -1 and 1, ties by average ranks. Shapes: (P,), (P,).
-
-    Raises: UserError where it is undefined: fewer than two pairs, all values equal, NaN or infinity.
-    """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.shape != b.shape or a.ndim != 1 or len(a) < 2:
-        raise UserError(f"Spearman needs two lists of one length, 2 or more; got the shapes {a.shape} and {b.shape}")
-    for values in (a, b):
-        if not np.isfinite(values).all():
-            raise UserError(f"Spearman: {(~np.isfinite(values)).sum()} of {len(values)} values are NaN or infinite: the model's "
-                            "vectors are broken (did training diverge? try a lower --lr)")  # fmt: skip
-        if (values == values[0]).all():
-            raise UserError(f"Spearman is undefined: all {len(values)} values are {values[0]:g} (has the model collapsed to one vector?)")
-    return pearson(average_ranks(a), average_ranks(b))
-
-
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Row by row; 0 where a vector is all zeros, as published. Shapes: (P, D), (P, D) -> (P,) float64."""
+    """Cosine of each row; 0 for a zero vector. Shapes: (P, D), (P, D) -> (P,) float64."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return (a * b).sum(1) / np.where(norms == 0, 1, norms)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# The sets. A set is three lists of one length: left sentences, right sentences, people's scores
+# ------------------------------------------------------------------------------------------------
+# The sets. A set is three lists of P: left sentences, right sentences, ratings
 
 Pairs = tuple[list[str], list[str], list[float]]
-
-YEARS = {  # sub-sources and their scored pairs (SPEC 7.4)
-    "STS12": {"MSRpar": 750, "MSRvid": 750, "SMTeuroparl": 459, "surprise.OnWN": 750, "surprise.SMTnews": 399},
-    "STS13": {"FNWN": 189, "headlines": 750, "OnWN": 561},
-    "STS14": {"deft-forum": 450, "deft-news": 300, "headlines": 750, "images": 750, "OnWN": 750, "tweet-news": 750},
-    "STS15": {"answers-forums": 375, "answers-students": 750, "belief": 375, "headlines": 750, "images": 750},
-    "STS16": {"answer-answer": 254, "headlines": 249, "plagiarism": 230, "postediting": 244, "question-question": 209},
+SUB_SOURCES = """
+STS12 MSRpar 750 MSRvid 750 SMTeuroparl 459 surprise.OnWN 750 surprise.SMTnews 399
+STS13 FNWN 189 headlines 750 OnWN 561
+STS14 deft-forum 450 deft-news 300 headlines 750 images 750 OnWN 750 tweet-news 750
+STS15 answers-forums 375 answers-students 750 belief 375 headlines 750 images 750
+STS16 answer-answer 254 headlines 249 plagiarism 230 postediting 244 question-question 209
+"""
+YEARS = {  # sub-sources and their numbers of rated pairs
+    year: dict(zip(items[::2], map(int, items[1::2])))
+    for year, *items in map(str.split, SUB_SOURCES.strip().split("\n"))
 }
-FILES = {  # path, pairs
+FILES = {  # path, number of pairs
     "STSB": ("STS/STSBenchmark/sts-test.csv", 1379),
     "STSB-dev": ("STS/STSBenchmark/sts-dev.csv", 1500),
     "STSB-train": ("STS/STSBenchmark/sts-train.csv", 5749),
@@ -96,184 +92,78 @@ TEST_SETS = (*YEARS, "STSB", "SICKR")  # the columns of the paper's Table 1
 
 
 class MissingSet(UserError):
-    """A file of a set is not there, so the set is left out; a damaged one is refused."""
+    """A set's file does not exist. The command line skips the set; a damaged file is an error."""
 
 
 def read_set_lines(path: Path, encoding: str = "utf-8") -> list[str]:
-    """All lines of a file of SentEval's, without their ends. Raises: MissingSet, and UserError where it cannot be read."""
-    try:
-        # Only \n ends a line, not \x85 or a lone \r inside a sentence; SICK's test file ends its lines with \r\n.
-        text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode(encoding).replace("\r\n", "\n")
-        return text.removesuffix("\n").split("\n")
-    except FileNotFoundError:
-        raise MissingSet(f"{path} is missing: --data names a folder that is not all of SentEval's") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+    if not path.is_file():
+        raise MissingSet(f"{path} is missing: --data has only a part of SentEval's data")
+    if encoding != "utf-8":
+        return path.read_bytes().decode(encoding).removesuffix("\n").split("\n")
+    return list(read_lines(path))
 
 
 def load_set(name: str, senteval: Path) -> Pairs:
-    """One set by its name in YEARS or FILES, one sub-source of a year ("STS13/OnWN"), or the splits of SICK-R together ("SICKR-all").
+    """One set: a name in YEARS or FILES, a sub-source ("STS13/OnWN"), or "SICKR-all".
 
-    Words are joined by one space, as SentEval's batcher does (SPEC 7.3).
-
-    Raises: UserError that names a missing file, a line that cannot be read, or a wrong number of pairs.
+    Words are joined by one space, as in SentEval's `sts.py`.
+    Raises: MissingSet; UserError for an unreadable line or a wrong number of pairs.
     """
-    rows: list[tuple[str, str, str, str]] = []  # left, right, score, where it stands
-
-    def table(path: Path, left: int, right: int, score: int, header: int) -> None:
-        """Tab-separated and never quoted: 412 rows of STS-B hold lone quote characters."""
-        for number, line in enumerate(read_set_lines(path)[header:], 1 + header):
-            cells = line.split("\t")
-            if len(cells) <= max(left, right, score):
-                raise UserError(f"{path} line {number}: {len(cells)} cells where {max(left, right, score) + 1} are expected")
-            rows.append((cells[left], cells[right], cells[score], f"{path} line {number}"))
-
-    if name == "SICKR-all":  # 9,927 pairs: what MTEB calls SICK-R
+    if name == "SICKR-all":  # 9,927 pairs, which MTEB calls SICK-R
         splits = [load_set(split, senteval) for split in ("SICKR-train", "SICKR-dev", "SICKR")]
-        return tuple([cell for split in splits for cell in split[i]] for i in range(3))
+        return tuple(sum(columns, []) for columns in zip(*splits))
     year, _, source = name.partition("/")
+    rows = []  # ("FILE line N", [left, right, rating])
     if year in YEARS:
-        sources = [source] if source else list(YEARS[year])
-        expected = sum(YEARS[year][source] for source in sources)
-        for source in sources:
-            folder = senteval / "STS" / f"{year}-en-test"
-            texts, scores = (read_set_lines(folder / f"STS.{kind}.{source}.txt") for kind in ("input", "gs"))
-            if len(texts) < len(scores):
-                raise UserError(f"{folder}: STS.input.{source}.txt has {len(texts)} lines, STS.gs.{source}.txt {len(scores)}")
-            for number, (text, score) in enumerate(zip(texts, scores), 1):
-                if score.strip():  # a pair nobody scored is no pair: most lines of STS15 and STS16
-                    where = f"{folder / f'STS.input.{source}.txt'} line {number}"
-                    if text.count("\t") < 1:
-                        raise UserError(f"{where}: no tab between two sentences")
-                    rows.append((*text.split("\t")[:2], score, where))
-    else:
-        path, expected = FILES[name]
-        table(senteval / path, *((5, 6, 4, 0) if name.startswith("STSB") else (1, 2, 3, 1)))
-
-    pairs: Pairs = ([], [], [])
-    for left, right, score, where in rows:
-        try:
-            pairs[2].append(float(score))
-            if not np.isfinite(pairs[2][-1]):
-                raise ValueError
-        except ValueError:
-            raise UserError(f"{where}: the score {score!r} is not a number") from None
-        pairs[0].append(" ".join(left.split()))
-        pairs[1].append(" ".join(right.split()))
+        counts = {source: YEARS[year][source]} if source else YEARS[year]
+        expected, folder = sum(counts.values()), senteval / "STS" / f"{year}-en-test"
+        for source in counts:
+            path, gold = (folder / f"STS.{kind}.{source}.txt" for kind in ("input", "gs"))
+            lines, ratings = read_set_lines(path), read_set_lines(gold)
+            if len(lines) < len(ratings):
+                raise UserError(f"{path} has {len(lines)} lines, {gold.name} has {len(ratings)}")
+            for number, (line, rating) in enumerate(zip(lines, ratings), 1):
+                if rating.strip():  # most pairs of STS15 and STS16 have no rating
+                    rows.append((f"{path} line {number}", [*line.split("\t")[:2], rating]))
+    else:  # quote characters have no meaning: STS-B has unpaired ones
+        path, expected = senteval / FILES[name][0], FILES[name][1]
+        columns, header = ((5, 6, 4), 0) if name.startswith("STSB") else ((1, 2, 3), 1)
+        for number, line in enumerate(read_set_lines(path)[header:], 1 + header):
+            cells = dict(enumerate(line.split("\t")))
+            rows.append((f"{path} line {number}", [cells[i] for i in columns if i in cells]))
+    left, right, ratings = to_pairs(rows)
     if len(rows) != expected:
-        raise UserError(f"{name} in {senteval}: {len(rows)} scored pairs, published are {expected}: "
-                        "the download is damaged or another version")  # fmt: skip
-    return pairs
+        raise UserError(f"{name} in {senteval}: {len(rows)} rated pairs, published are {expected}")
+    return [" ".join(s.split()) for s in left], [" ".join(s.split()) for s in right], ratings
 
 
 def read_pairs(path: Path) -> Pairs:
-    """Pairs of your own: a .tsv or .csv with a header line and three columns, two sentences and how alike they are, on any scale.
-
-    Raises: UserError that names the file and the pair, or that there are fewer than 2.
-    """
-    pairs: Pairs = ([], [], [])
-    for number, row in enumerate(read_sentences(path), 1):
-        if len(row) != 3:
-            raise UserError(f"{path}: {len(row)} columns; a pair is two sentences and a number")
-        try:
-            score = float(row[2])
-        except ValueError:
-            score = np.nan
-        if not np.isfinite(score):
-            raise UserError(f"{path} pair {number}: the score {row[2]!r} is not a number")
-        for column, cell in zip(pairs, (row[0], row[1], score)):
-            column.append(cell)
+    """Your own pairs: a .tsv or .csv with a header and two columns of sentences, one of ratings."""
+    pairs = to_pairs((f"{path} pair {i}", row) for i, row in enumerate(read_sentences(path), 1))
     if len(pairs[2]) < 2:
-        raise UserError(f"{path}: {len(pairs[2])} pairs; at least 2 can be ranked")
+        raise UserError(f"{path}: {len(pairs[2])} pairs; at least 2 are needed for a ranking")
     return pairs
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Scoring
-
-
-Transform = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-
-
-def score_pairs(encoder: Callable[[list[str]], np.ndarray], sets: dict[str, Pairs], transform: Transform | None = None) -> dict[str, float]:
-    """Spearman x 100 of each set; a sentence that occurs more than once, in whatever set, is encoded once.
-
-    encoder: n sentences -> (n, D). This is all that training and evaluation know of each other.
-    transform: what is done to the vectors of a set's pairs before their cosine, (P, D), (P, D) -> the same.
-    """
-    unique: dict[str, int] = {}
-    for left, right, _ in sets.values():
-        for sentence in left + right:
-            unique.setdefault(sentence, len(unique))
-    vectors = encoder(list(unique))
-    results = {}
-    for name, (left, right, scores) in sets.items():
-        u, v = (vectors[[unique[s] for s in side]] for side in (left, right))  # (P, D)
+def to_pairs(rows: Iterable[tuple[str, Sequence[str]]]) -> Pairs:
+    """Of ("FILE line N", [left, right, rating]). Raises: UserError that names the line."""
+    left, right, ratings = [], [], []
+    for where, cells in rows:
+        if len(cells) != 3:
+            raise UserError(f"{where}: {len(cells)} of 3 columns: two sentences and a score")
         try:
-            results[name] = 100 * spearman(cosine(*(transform(u, v) if transform else (u, v))), scores)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from None
-    return results
-
-
-def whitening(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and matrix with which (x - mean) @ matrix has covariance 1 (Su et al. 2021). Shapes: (n, D) -> (D,), (D, K).
-
-    K is D, or less where the vectors lie in fewer dimensions: what has no variance cannot be given one.
-    """
-    vectors = vectors.astype(np.float64)
-    if not np.isfinite(vectors).all():
-        raise UserError("whitening: the model's vectors hold NaN or infinity")
-    mean = vectors.mean(0)
-    variance, axes = np.linalg.eigh(np.cov(vectors.T))
-    keep = variance > 1e-10 * variance.max()
-    return mean, axes[:, keep] / np.sqrt(variance[keep])
-
-
-def whiten(mean: np.ndarray, matrix: np.ndarray, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return (u - mean) @ matrix, (v - mean) @ matrix
-
-
-def whiten_self(u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A set's own vectors made white: fitted on the sentences that are scored, without their scores."""
-    return whiten(*whitening(np.concatenate([u, v])), u, v)
-
-
-def average(scores: dict[str, float], columns: Iterable[str] = TEST_SETS) -> float:
-    """The paper's Avg.: the mean of the columns as printed, with two decimals (SPEC 7.1); of those that are there."""
-    printed = [round(scores[name], 2) for name in columns if name in scores]
-    return round(sum(printed) / len(printed), 2)
-
-
-def format_table(rows: dict[str, dict[str, float]], columns: Sequence[str] = TEST_SETS) -> str:
-    """A row for each named result, and what Avg. is the average of where a set is not there."""
-    width = max(map(len, rows))
-    lines = [" " * width + "".join(f"{name:>8}" for name in (*columns, "Avg."))]
-    for label, scores in rows.items():
-        values = [*(scores.get(name) for name in columns), average(scores, columns)]
-        lines.append(f"{label:<{width}}" + "".join(f"{'-':>8}" if value is None else f"{value:8.2f}" for value in values))
-    there = [name for name in columns if name in scores]
-    if len(there) < len(columns):
-        lines.append(f"Avg. is of {', '.join(there)} only: not to be compared with an average of all {len(columns)}")
-    return "\n".join(lines)
-
-
-def format_detail(scores: dict[str, float]) -> str:
-    """Of each year: "all", the means of its sub-sources weighted by their pairs and plain, and each; of the others each split."""
-    lines = []
-    for year, sources in YEARS.items():
-        if year in scores:
-            each = [scores[f"{year}/{source}"] for source in sources]
-            means = f"all {scores[year]:.2f}, weighted mean {np.average(each, weights=list(sources.values())):.2f}, mean {np.mean(each):.2f}"
-            lines.append(f"{year:<7}{means}: " + ", ".join(f"{source} {score:.2f}" for source, score in zip(sources, each)))
-    for name in ("STSB", "SICKR"):
-        splits = {"train": f"{name}-train", "dev": f"{name}-dev", "test": name, "all three": f"{name}-all"}
-        lines.append(f"{name:<7}" + ", ".join(f"{split} {scores[key]:.2f}" for split, key in splits.items() if key in scores))
-    return "\n".join(lines)
+            ratings.append(float(cells[2]))
+        except ValueError:
+            ratings.append(np.nan)
+        if not np.isfinite(ratings[-1]):
+            raise UserError(f"{where}: the score {cells[2]!r} is not a number")
+        left.append(cells[0])
+        right.append(cells[1])
+    return left, right, ratings
 
 
 def load_sets(names: Iterable[str], load: Callable, senteval: Path) -> dict:
-    """Those of the sets that are there; of the others a line on stderr. Raises: UserError where none is, or one is damaged."""
+    """The sets that exist. A missing one is a line on stderr. Raises: UserError if all are."""
     sets = {}
     for name in names:
         try:
@@ -281,72 +171,138 @@ def load_sets(names: Iterable[str], load: Callable, senteval: Path) -> dict:
         except MissingSet as error:
             print(f"{name} is left out: {error}", file=sys.stderr)
     if not sets:
-        raise UserError(f"{senteval} holds none of the sets")
+        raise UserError(f"{senteval} has none of the sets")
     return sets
 
 
-def count(text: str) -> int:
-    """For argparse: a whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+# ------------------------------------------------------------------------------------------------
+# Scoring, and the command line
+
+Scores = dict[str, float]
+Encoder = Callable[[list[str]], np.ndarray]  # n sentences -> (n, D)
+Transform = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None
 
 
-def listed(known: Sequence[str]) -> Callable[[str], list[str]]:
-    """For argparse: some of the known names with commas between."""
+def score_pairs(encoder: Encoder, sets: dict[str, Pairs], transform: Transform = None) -> Scores:
+    """Spearman x 100 of each set. A sentence that occurs several times is encoded once.
 
-    def parse(text: str) -> list[str]:
-        for name in (names := text.split(",")):
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"{name!r} is unknown; known are {', '.join(known)}, with commas between for several")
-        return names
+    transform: applied to a set's embeddings before their cosine, (P, D), (P, D) -> the same.
+    """
+    sentences = dict.fromkeys(s for left, right, _ in sets.values() for s in left + right)
+    vectors, index = encoder(list(sentences)), {s: i for i, s in enumerate(sentences)}
+    scores = {}
+    for name, (left, right, ratings) in sets.items():
+        u, v = (vectors[[index[s] for s in side]] for side in (left, right))  # (P, D)
+        try:
+            if transform:
+                u, v = transform(u, v)
+            scores[name] = 100 * spearman(cosine(u, v), ratings)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+    return scores
 
-    return parse
+
+def average(scores: Scores, columns: Iterable[str] = TEST_SETS) -> float | None:
+    """The paper's Avg.: mean of the printed columns (two decimals). None if no column exists."""
+    printed = [round(scores[name], 2) for name in columns if name in scores]
+    return round(sum(printed) / len(printed), 2) if printed else None
 
 
-def model_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of every command that scores models."""
-    parser.add_argument("models", metavar="MODEL", nargs="+", help="a model folder, a run's folder or a Hub name")
-    parser.add_argument("--pooler", type=listed(POOLINGS), default=[None], metavar="NAME,...",
-                        help=f"how a vector is made: {', '.join(POOLINGS)} (default: the folder's own, else cls_before_pooler)")  # fmt: skip
-    parser.add_argument("--data", metavar="DIR", default="", help="folder with SentEval's data (default: senteval.tar from the Hub)")
-    parser.add_argument("--batch-size", type=count, default=128, help="sentences at a time (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="also write the numbers there, a line for each row")
+def format_table(rows: dict[str, Scores], columns: Sequence[str] = TEST_SETS) -> str:
+    """A line for each labelled row. If there are several columns, the last is their average."""
+    heads = [*columns, "Avg."] if len(columns) > 1 else columns
+    width, widths = max(map(len, rows)), [max(8, len(head) + 2) for head in heads]
+    lines = [" " * width + "".join(map(str.rjust, heads, widths))]
+    for label, scores in rows.items():
+        values = [*map(scores.get, columns), average(scores, columns)][: len(heads)]
+        cells = ["-" if value is None else f"{value:.2f}" for value in values]
+        lines.append(f"{label:<{width}}" + "".join(map(str.rjust, cells, widths)))
+    if len(present := [name for name in columns if name in scores]) < len(columns):
+        lines.append(f"Avg. is of {', '.join(present)} only, not of all {len(columns)} sets")
+    return "\n".join(lines)
+
+
+@dataclass
+class Score:
+    """How `diffcse.train` scores an encoder."""
+
+    name: str
+    dev_set: dict[str, Pairs]  # one set, which selects the best model
+    test_sets: dict[str, Pairs]  # columns of the table; empty: the table shows dev_set
+
+    def dev(self, encoder: Encoder) -> Scores:
+        scores = score_pairs(encoder, self.dev_set)
+        return {"score": next(iter(scores.values())), **scores}
+
+    def test(self, encoder: Encoder) -> Scores:
+        scores = score_pairs(encoder, self.dev_set | self.test_sets)
+        return scores | {"average": average(scores)} if len(self.test_sets) > 1 else scores
+
+    def table(self, rows: dict[str, Scores]) -> str:
+        return format_table(rows, list(self.test_sets or self.dev_set))
+
+
+def make_score(score: str, data: str) -> Score:
+    """The score that `--score` names. data: folder with SentEval's data, or "" for the Hub.
+
+    stsb: STS-B dev selects, the seven test sets are shown. dev: test sets are never loaded.
+    captions: the rated image captions in assets/. FILE.tsv or .csv: your own pairs (read_pairs).
+    """
+    if score in ("stsb", "dev"):
+        senteval = find_senteval(data)
+        dev_set = {"STSB-dev": load_set("STSB-dev", senteval)}
+        test_sets = {name: load_set(name, senteval) for name in TEST_SETS if score == "stsb"}
+        return Score("STS-B dev, Spearman x 100", dev_set, test_sets)
+    if score == "captions":
+        dev, test = (ROOT / "assets" / f"sts_captions_{split}.tsv" for split in ("dev", "test"))
+        dev_set, test_sets = {"captions-dev": read_pairs(dev)}, {"captions-test": read_pairs(test)}
+        return Score("captions dev, Spearman x 100", dev_set, test_sets)
+    if not {".tsv", ".csv"} & set(Path(score).suffixes):
+        raise UserError(f"--score is {score}; it must be stsb, dev, captions, FILE.tsv or FILE.csv")
+    path = find_text(score, data)
+    return Score(f"{path.name}, Spearman x 100", {path.name: read_pairs(path)}, {})
+
+
+def load_encoders(args: argparse.Namespace) -> Iterator[tuple[str, str, Encoder]]:
+    """(model, pooling, encoder) of each MODEL and --pooler. args: flags of add_model_flags."""
+    device, amp = pick_device(args.device, args.amp)
+    for name in args.models:
+        model = load_model(name)
+        for pooling in (pooler or model.pooling for pooler in args.pooler):
+            settings = {"pooling": pooling, "batch_size": args.batch_size, "amp": amp}
+            yield name, pooling, partial(encode, model.bert.to(device), model.tokenizer, **settings)
+
+
+def print_scores(rows: dict[str, Scores]) -> None:
+    """The table of the test sets, and the scores of the development sets, where they exist."""
+    if any(name in scores for scores in rows.values() for name in TEST_SETS):
+        print(format_table(rows))
+    titles = {"STSB-dev": "STS-B", "SICKR-dev": "SICK-R"}
+    for label, scores in rows.items():
+        dev = [f"{titles[name]} {scores[name]:.2f}" for name in titles if name in scores]
+        if dev:
+            print("development: " + ", ".join(dev) + f" ({label})" * (len(rows) > 1))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="eval_sts.py", description="Score models on the seven STS sets (Spearman x 100).", allow_abbrev=False)
-    model_flags(parser)
-    parser.add_argument("--whiten", metavar="WITH,...", type=lambda text: text.split(","), default=[], help="add a row with vectors made white, "
-                        f"fitted on the sentences that are scored (self) or on the first {WHITENING_SENTENCES:,} of a sentence file")  # fmt: skip
-    parser.add_argument("--detail", action="store_true", help="also every sub-source, and the train, dev and test splits")
+    parser = Parser("eval_sts.py", description="Score the seven STS sets", allow_abbrev=False)
+    add_model_flags(parser, POOLINGS)
+    parser.add_argument("--detail", action="store_true", help="also every sub-source and split")
     args = parser.parse_args()
-    held_out = {name: [row[0] for row in islice(read_sentences(find_text(name, args.data)), WHITENING_SENTENCES)]
-                for name in args.whiten if name != "self"}  # fmt: skip
-    senteval = find_senteval(args.data)
-    sets = load_sets((*TEST_SETS, "STSB-dev", "SICKR-dev"), load_set, senteval)
+    names = [*TEST_SETS, "STSB-dev", "SICKR-dev"]
     if args.detail:
-        sources = [f"{year}/{source}" for year in YEARS if year in sets for source in YEARS[year]]
-        sets |= load_sets((*sources, "STSB-train", "SICKR-train", "SICKR-all"), load_set, senteval)
+        names += [f"{year}/{source}" for year in YEARS for source in YEARS[year]]
+        names += ["STSB-train", "SICKR-train", "SICKR-all"]
+    sets = load_sets(names, load_set, find_senteval(args.data))
     rows, reports = {}, []
-    for name, pooler in product(args.models, args.pooler):
-        bert, tokenizer, own, _ = open_model(name)
-        pooler = pooler or own
-        encoder = partial(encode, bert, tokenizer, pooling=pooler, batch_size=args.batch_size)
-        texts = list(dict.fromkeys(sentence for left, right, _ in sets.values() for sentence in left + right))
-        vectors = dict(zip(texts, encoder(texts)))  # every row of this model and pooling needs the same
-        for white in (None, *args.whiten):
-            transform = None if white is None else whiten_self if white == "self" else partial(whiten, *whitening(encoder(held_out[white])))
-            scores = score_pairs(lambda sentences: np.stack([vectors[s] for s in sentences]), sets, transform)  # noqa: B023
-            by = "" if white is None else ", white by itself" if white == "self" else f", white by {Path(white).name}"
-            rows[f"{name} ({pooler}{by})"] = scores
-            reports.append({"model": name, "pooler": pooler, **({"whitened": white} if white else {}), **scores, "average": average(scores)})
-    print(format_table(rows))
-    for label, scores in rows.items():
-        if args.detail:
-            print(f"\n{label}\n{format_detail(scores)}")
-        elif development := [f"{title} {scores[key]:.2f}" for title, key in (("STS-B", "STSB-dev"), ("SICK-R", "SICKR-dev")) if key in scores]:
-            print("development: " + ", ".join(development) + f" ({label})" * (len(rows) > 1))
+    for name, pooling, encoder in load_encoders(args):
+        rows[f"{name} ({pooling})"] = scores = score_pairs(encoder, sets)
+        report = {"model": name, "pooler": pooling, "amp": args.amp}
+        reports.append(report | scores | {"average": average(scores)})
+    print_scores(rows)
+    if args.detail:
+        for label, scores in rows.items():
+            print("", label, *(f"{key:<24}{x:6.2f}" for key, x in scores.items()), sep="\n")
     if args.json:
         write_atomically(args.json, "".join(json.dumps(report) + "\n" for report in reports))
 

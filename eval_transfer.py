@@ -72,17 +72,32 @@ def load_task(name: str, senteval: Path) -> Task:
         path = senteval / file
         lines = read_set_lines(path, encoding)[1 if name == "MRPC" else 0 :]
         if name in CLASSES:
-            rows = [(line, label) for line in lines]  # an empty line is an item too: CR and MPQA have some
+            rows = [
+                (line, label) for line in lines
+            ]  # an empty line is an item too: CR and MPQA have some
         else:
-            rows = [_row(name, line, f"{path} line {number}") for number, line in enumerate(lines, 2 if name == "MRPC" else 1)]
+            rows = [
+                _row(name, line, f"{path} line {number}")
+                for number, line in enumerate(lines, 2 if name == "MRPC" else 1)
+            ]
         if len(rows) != expected:
-            raise UserError(f"{path}: {len(rows)} items, published are {expected}: the download is damaged or another version")
+            raise UserError(
+                f"{path}: {len(rows)} items, published are {expected}: the download is damaged or another version"
+            )
         files.append([(*(text.split() for text in texts), label) for *texts, label in rows])
     if name in CLASSES:
         files = [files[1] + files[0]]  # SentEval's order: positive items first
-    rows = [row for split in files for row in sorted(split, key=lambda row: (*map(len, row[:-1]), row[-1]))]
+    rows = [
+        row
+        for split in files
+        for row in sorted(split, key=lambda row: (*map(len, row[:-1]), row[-1]))
+    ]
     *columns, labels = zip(*rows)
-    return Task([[" ".join(words) for words in column] for column in columns], np.array(labels), [len(split) for split in files])
+    return Task(
+        [[" ".join(words) for words in column] for column in columns],
+        np.array(labels),
+        [len(split) for split in files],
+    )
 
 
 def _row(name: str, line: str, where: str) -> tuple[str | int, ...]:
@@ -91,17 +106,28 @@ def _row(name: str, line: str, where: str) -> tuple[str | int, ...]:
         kind, _, question = line.partition(" ")
         if (coarse := kind.partition(":")[0]) in TREC_CLASSES and ":" in kind:
             return question, TREC_CLASSES.index(coarse)
-        raise UserError(f"{where}: {kind!r} is none of {', '.join(TREC_CLASSES)} with a colon and a finer class")
+        raise UserError(
+            f"{where}: {kind!r} is none of {', '.join(TREC_CLASSES)} with a colon and a finer class"
+        )
     cells = line.strip().split("\t")
     cells, label = (cells[:1], cells[-1]) if name == "SST2" else (cells[3:], cells[0])
     if label not in ("0", "1") or len(cells) != (1 if name == "SST2" else 2):
-        raise UserError(f"{where}: not " + ("a sentence, a tab and 0 or 1" if name == "SST2" else "0 or 1, two numbers and two sentences, tabs between"))
+        raise UserError(
+            f"{where}: not "
+            + (
+                "a sentence, a tab and 0 or 1"
+                if name == "SST2"
+                else "0 or 1, two numbers and two sentences, tabs between"
+            )
+        )
     return *cells, int(label)
 
 
 def features(task: Task, vectors: dict[str, np.ndarray]) -> Tensor:
     """What the classifier sees: the vector u; of a pair |u - v| and u * v. A 1 at the end carries the bias. Shapes: -> (N, D)."""
-    u, *v = (torch.from_numpy(np.stack([vectors[s] for s in side])).double() for side in task.sentences)
+    u, *v = (
+        torch.from_numpy(np.stack([vectors[s] for s in side])).double() for side in task.sentences
+    )
     X = torch.cat([(u - v[0]).abs(), u * v[0]], 1) if v else u
     return torch.cat([X, torch.ones(len(X), 1, dtype=X.dtype)], 1)
 
@@ -126,12 +152,17 @@ class Mode:
 
 MODES = {"test": Mode(10, "Adam", 64, 5, 4), "fast": Mode(5, "RMSprop", 128, 3, 2)}
 MAX_EPOCHS = 200
-Fits = list[tuple[np.ndarray, np.ndarray | None]]  # items to train on, items to choose by; None: keep some of the former aside
+Fits = list[
+    tuple[np.ndarray, np.ndarray | None]
+]  # items to train on, items to choose by; None: keep some of the former aside
 
 
 def accuracies(X: Tensor, y: Tensor, weights: Tensor, items: list[np.ndarray]) -> np.ndarray:
     """Share of each fit's own items that are right. Shapes: weights (F, D, L, C) -> (F, L)."""
-    right = [torch.einsum("nd,dlc->nlc", X[i], w).argmax(-1) == y[i, None] for w, i in zip(weights, items)]
+    right = [
+        torch.einsum("nd,dlc->nlc", X[i], w).argmax(-1) == y[i, None]
+        for w, i in zip(weights, items)
+    ]
     return np.stack([r.double().mean(0).numpy() for r in right])
 
 
@@ -142,12 +173,17 @@ def keep_aside(train: np.ndarray, random: np.random.RandomState) -> tuple[np.nda
     return train[:, order[m:]], train[:, order[:m]]
 
 
-def fit_senteval(X: Tensor, y: Tensor, classes: int, fits: Fits, l2: np.ndarray, mode: Mode) -> tuple[Tensor, np.ndarray]:
+def fit_senteval(
+    X: Tensor, y: Tensor, classes: int, fits: Fits, l2: np.ndarray, mode: Mode
+) -> tuple[Tensor, np.ndarray]:
     """Gradient steps until the accuracy on the items that choose stops growing; the weights where it was highest.
 
     The seed is set anew for every fit, so those with as many items share start and order, and are stepped together.
     """
-    weights, best = torch.zeros(len(fits), X.shape[1], l2.shape[1], classes, dtype=X.dtype), np.full(l2.shape, -1.0)
+    weights, best = (
+        torch.zeros(len(fits), X.shape[1], l2.shape[1], classes, dtype=X.dtype),
+        np.full(l2.shape, -1.0),
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         layer = nn.Linear(X.shape[1] - 1, classes)
@@ -164,7 +200,9 @@ def fit_senteval(X: Tensor, y: Tensor, classes: int, fits: Fits, l2: np.ndarray,
             choose = list(choose)
         train, penalty = torch.from_numpy(train), torch.from_numpy(l2[alive])[:, None, :, None]
         w = start[:, None].expand(len(alive), -1, l2.shape[1], -1).clone()  # (A, D, L, C)
-        optimizer = getattr(torch.optim, mode.optimizer)([w], lr={"Adam": 1e-3, "RMSprop": 1e-2}[mode.optimizer])
+        optimizer = getattr(torch.optim, mode.optimizer)(
+            [w], lr={"Adam": 1e-3, "RMSprop": 1e-2}[mode.optimizer]
+        )
         misses, epoch = np.zeros((len(alive), l2.shape[1]), int), 0
         while len(alive) and epoch <= MAX_EPOCHS:
             for _ in range(mode.epochs):
@@ -174,17 +212,25 @@ def fit_senteval(X: Tensor, y: Tensor, classes: int, fits: Fits, l2: np.ndarray,
                     x = X[items]  # (A, B, D)
                     logits = (x @ w.flatten(2)).unflatten(2, w.shape[2:])  # (A, B, L, C)
                     error = logits.softmax(-1) - truth[items][:, :, None]
-                    w.grad = (x.mT @ error.flatten(2)).unflatten(2, w.shape[2:]) / len(batch) + penalty * w
+                    w.grad = (x.mT @ error.flatten(2)).unflatten(2, w.shape[2:]) / len(
+                        batch
+                    ) + penalty * w
                     optimizer.step()
             epoch += mode.epochs
             now, going = accuracies(X, y, w, choose), misses <= mode.tenacity
             better = going & (now > best[alive])
             misses += going & ~better
             best[alive] = np.where(better, now, best[alive])
-            weights[alive] = torch.where(torch.from_numpy(better)[:, None, :, None], w, weights[alive])
+            weights[alive] = torch.where(
+                torch.from_numpy(better)[:, None, :, None], w, weights[alive]
+            )
             keep = (misses <= mode.tenacity).any(1)
             if not keep.all():  # the others are done: take them out of every tensor
-                alive, misses, choose = alive[keep], misses[keep], [items for items, k in zip(choose, keep) if k]
+                alive, misses, choose = (
+                    alive[keep],
+                    misses[keep],
+                    [items for items, k in zip(choose, keep) if k],
+                )
                 mask = torch.from_numpy(keep)
                 train, penalty, w.data = train[mask], penalty[mask], w.data[mask]
                 w.grad = None
@@ -203,7 +249,9 @@ def minimum(X: Tensor, truth: Tensor, share: Tensor, l2: float) -> Tensor:
     """
     one = torch.eye(X.shape[1], dtype=X.dtype)
     L = torch.linalg.cholesky(X.T @ X / (4 * len(X)) + l2 * one)
-    Z = torch.linalg.solve_triangular(L, X.T, upper=False).T  # X = Z L', so X W = Z V where V = L' W
+    Z = torch.linalg.solve_triangular(
+        L, X.T, upper=False
+    ).T  # X = Z L', so X W = Z V where V = L' W
     inverse = torch.linalg.solve_triangular(L, one, upper=False)
     penalty = l2 * inverse @ inverse.T  # l2 |W|^2 = V' penalty V
     V = torch.zeros(X.shape[1], share.shape[1], truth.shape[1], dtype=X.dtype)
@@ -215,11 +263,20 @@ def minimum(X: Tensor, truth: Tensor, share: Tensor, l2: float) -> Tensor:
         V.grad = (Z.T @ error.flatten(1)).unflatten(1, V.shape[1:]) + decay
         return (V * decay).sum() / 2 - (log_p * truth[:, None] * share[:, :, None]).sum()
 
-    torch.optim.LBFGS([V], max_iter=2000, tolerance_grad=1e-6, tolerance_change=0, history_size=20, line_search_fn="strong_wolfe").step(loss)
+    torch.optim.LBFGS(
+        [V],
+        max_iter=2000,
+        tolerance_grad=1e-6,
+        tolerance_change=0,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    ).step(loss)
     return torch.linalg.solve_triangular(L.T, V.flatten(1), upper=True).unflatten(1, V.shape[1:])
 
 
-def fit_lbfgs(X: Tensor, y: Tensor, classes: int, fits: Fits, l2: np.ndarray, mode: Mode) -> tuple[Tensor, np.ndarray]:
+def fit_lbfgs(
+    X: Tensor, y: Tensor, classes: int, fits: Fits, l2: np.ndarray, mode: Mode
+) -> tuple[Tensor, np.ndarray]:
     """The minimum of mean cross-entropy + l2/2 |W|^2, the bias included, as SentEval's weight decay does; mode does not matter.
 
     What senteval keeps aside to stop by does not train here either, though nothing stops: the protocols see the same items.
@@ -228,7 +285,9 @@ def fit_lbfgs(X: Tensor, y: Tensor, classes: int, fits: Fits, l2: np.ndarray, mo
     share, chosen_by = torch.zeros(len(X), len(fits), dtype=X.dtype), []
     for f, (train, choose) in enumerate(fits):
         if choose is None:
-            train, choose = (items[0] for items in keep_aside(train[None], np.random.RandomState(SEED)))
+            train, choose = (
+                items[0] for items in keep_aside(train[None], np.random.RandomState(SEED))
+            )
         share[train, f] = 1 / len(train)
         chosen_by.append(choose)
     truth = F.one_hot(y, classes).to(X.dtype)  # (N, C)
@@ -261,7 +320,9 @@ def stratified_folds(labels: np.ndarray, k: int) -> list[tuple[np.ndarray, np.nd
     return [(np.flatnonzero(fold != i), np.flatnonzero(fold == i)) for i in range(k)]
 
 
-def evaluate(task: Task, X: Tensor, fit: Callable, mode: Mode) -> tuple[dict[str, float], np.ndarray]:
+def evaluate(
+    task: Task, X: Tensor, fit: Callable, mode: Mode
+) -> tuple[dict[str, float], np.ndarray]:
     """Accuracy x 100 on development and test items, and the class predicted for every test item, (N,), -1 for others.
 
     One part of all items is scored after the other: ten folds, or the test split. The rest trains, and chooses its weight of
@@ -270,21 +331,33 @@ def evaluate(task: Task, X: Tensor, fit: Callable, mode: Mode) -> tuple[dict[str
     y = torch.from_numpy(task.labels)
     classes, bounds = int(y.max()) + 1, np.cumsum([0, *task.splits])
     parts = [np.arange(a, b) for a, b in zip(bounds, bounds[1:])]
-    outer = stratified_folds(task.labels, mode.folds) if len(parts) == 1 else [(parts[0], parts[-1])]
+    outer = (
+        stratified_folds(task.labels, mode.folds) if len(parts) == 1 else [(parts[0], parts[-1])]
+    )
     if len(parts) == 3:
         inner, final = [[(parts[0], parts[1])]], [(parts[0], parts[1])]
     else:
-        inner = [[(train[a], train[b]) for a, b in stratified_folds(task.labels[train], mode.folds)] for train, _ in outer]
+        inner = [
+            [(train[a], train[b]) for a, b in stratified_folds(task.labels[train], mode.folds)]
+            for train, _ in outer
+        ]
         final = [(train, None) for train, _ in outer]
     grid = np.tile(L2, (len(outer) * len(inner[0]), 1))
-    scores = fit(X, y, classes, sum(inner, []), grid, mode)[1].reshape(len(outer), len(inner[0]), len(L2))
-    scores = np.round(100 * scores.mean(1), 2)  # (outer, L): rounded before the best is taken, the weakest penalty of equals
+    scores = fit(X, y, classes, sum(inner, []), grid, mode)[1].reshape(
+        len(outer), len(inner[0]), len(L2)
+    )
+    scores = np.round(
+        100 * scores.mean(1), 2
+    )  # (outer, L): rounded before the best is taken, the weakest penalty of equals
     weights, _ = fit(X, y, classes, final, L2[scores.argmax(1)][:, None], mode)
     predicted = np.full(len(y), -1)
     for (_, test), w in zip(outer, weights):
         predicted[test] = (X[test] @ w[:, 0]).argmax(-1).numpy()
     tests = [np.round(100 * np.mean(predicted[test] == task.labels[test]), 2) for _, test in outer]
-    return {"dev": float(np.round(scores.max(1).mean(), 2)), "test": float(np.round(np.mean(tests), 2))}, predicted
+    return {
+        "dev": float(np.round(scores.max(1).mean(), 2)),
+        "test": float(np.round(np.mean(tests), 2)),
+    }, predicted
 
 
 def f1(labels: np.ndarray, predicted: np.ndarray) -> float:
@@ -298,32 +371,73 @@ def f1(labels: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="eval_transfer.py", description="Score models on the seven transfer tasks (accuracy x 100).", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="eval_transfer.py",
+        description="Score models on the seven transfer tasks (accuracy x 100).",
+        allow_abbrev=False,
+    )
     model_flags(parser)
-    parser.add_argument("--tasks", type=listed(TASKS), default=TASKS, metavar="TASK,...", help=f"of {', '.join(TASKS)} (default: all)")
-    parser.add_argument("--protocol", choices=PROTOCOLS, default="lbfgs", help="how the classifier is fitted (default: lbfgs)")
-    parser.add_argument("--mode", choices=MODES, default="test", help="test: 10 folds; fast: 5 folds, what training is watched with (default: test)")
-    parser.add_argument("--amp", choices=("off", "bf16"), default="off", help="bf16: vectors in mixed precision, faster where the processor has it (default: off)")
+    parser.add_argument(
+        "--tasks",
+        type=listed(TASKS),
+        default=TASKS,
+        metavar="TASK,...",
+        help=f"of {', '.join(TASKS)} (default: all)",
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        default="lbfgs",
+        help="how the classifier is fitted (default: lbfgs)",
+    )
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        default="test",
+        help="test: 10 folds; fast: 5 folds, what training is watched with (default: test)",
+    )
+    parser.add_argument(
+        "--amp",
+        choices=("off", "bf16"),
+        default="off",
+        help="bf16: vectors in mixed precision, faster where the processor has it (default: off)",
+    )
     args = parser.parse_args()
-    tasks = load_sets([name for name in TASKS if name in args.tasks], load_task, find_senteval(args.data))
+    tasks = load_sets(
+        [name for name in TASKS if name in args.tasks], load_task, find_senteval(args.data)
+    )
     rows, reports = {}, []
     for model, pooler in product(args.models, args.pooler):
         bert, tokenizer, own, _ = open_model(model)
         pooler = pooler or own
-        sentences = list(dict.fromkeys(s for task in tasks.values() for side in task.sentences for s in side))
+        sentences = list(
+            dict.fromkeys(s for task in tasks.values() for side in task.sentences for s in side)
+        )
         with torch.autocast(bert.device.type, dtype=torch.bfloat16, enabled=args.amp == "bf16"):
             encoded = encode(bert, tokenizer, sentences, pooler, args.batch_size)
         if not np.isfinite(encoded).all():
-            raise UserError(f"{model}: its vectors hold NaN or infinity (did training diverge? try a lower --lr)")
+            raise UserError(
+                f"{model}: its vectors hold NaN or infinity (did training diverge? try a lower --lr)"
+            )
         vectors = dict(zip(sentences, encoded))
         dev, test, seconds, more = {}, {}, {}, {}
         for name, task in tasks.items():
             started = time.perf_counter()
-            scores, predicted = evaluate(task, features(task, vectors), PROTOCOLS[args.protocol], MODES[args.mode])
-            dev[name], test[name], seconds[name] = scores["dev"], scores["test"], round(time.perf_counter() - started, 1)
+            scores, predicted = evaluate(
+                task, features(task, vectors), PROTOCOLS[args.protocol], MODES[args.mode]
+            )
+            dev[name], test[name], seconds[name] = (
+                scores["dev"],
+                scores["test"],
+                round(time.perf_counter() - started, 1),
+            )
             if name == "MRPC":
                 more["MRPC_f1"] = round(f1(task.labels, predicted), 2)
-            print(f"{model} ({pooler}), {name}: dev {dev[name]:.2f}, test {test[name]:.2f}, {seconds[name]:.1f} s", file=sys.stderr, flush=True)
+            print(
+                f"{model} ({pooler}), {name}: dev {dev[name]:.2f}, test {test[name]:.2f}, {seconds[name]:.1f} s",
+                file=sys.stderr,
+                flush=True,
+            )
         label = f"{model} ({pooler})"
         rows |= {label: test, f"{label}, dev": dev}
         reports.append({"model": model, "pooler": pooler, "protocol": args.protocol, "mode": args.mode, "amp": args.amp, **test, **more,

@@ -1,9 +1,9 @@
 """The solutions of write_it.py: the repository's own functions, under the exercises' names.
 
-    pytest exercises --answers reference      # the same checks against these
+    pytest exercises --answers reference      # the same tests of these
 
-Look when you are through, or stuck: where each comes from is in its line, and the function there is the solution, with what
-a whole program needs besides. What is written here only turns one signature into the other.
+Look here when you have finished or are stuck. Each line names the function that is the solution;
+the code here only converts between the two signatures.
 """
 
 from types import SimpleNamespace
@@ -16,43 +16,55 @@ import bert as bert_py
 import data
 import diffcse
 import eval_sts
-import run
-from config import Config
-from embed import unit
+from embed import l2_normalize
+from engine import fast, run
 from lab import analysis
 
 
 def cosine_matrix(a: Tensor, b: Tensor) -> Tensor:
-    return torch.from_numpy(unit(a.numpy()) @ unit(b.numpy()).T)  # embed.unit, as docs.retrieval_scores and DiffCSE.search use it
+    return torch.from_numpy(l2_normalize(a.numpy()) @ l2_normalize(b.numpy()).T)
 
 
 def contrastive_loss(h: Tensor, temperature: float) -> Tensor:
     return diffcse.contrastive_loss(h, temperature)[0]
 
 
-def mask_tokens(ids: Tensor, special: Tensor, mask_id: int, vocab_size: int, ratio: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    tokenizer = SimpleNamespace(special_ids=sorted(set(ids[special].tolist())), mask=mask_id, vocab_size=vocab_size)
+def mask_tokens(
+    ids: Tensor,
+    special: Tensor,
+    mask_id: int,
+    vocab_size: int,
+    ratio: float,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    special_ids = sorted(set(ids[special].tolist()))
+    tokenizer = SimpleNamespace(special_ids=special_ids, mask_id=mask_id, vocab_size=vocab_size)
     return data.mask_tokens(ids, tokenizer, ratio, "80-10-10", generator)
 
 
 def edit_sentences(generator, x: Tensor, x_masked: Tensor, mask: Tensor) -> Tensor:
-    def fill(ids, mask, tokens, where, vocab_size, temperature):  # as BertForMaskedLM.fill, which makes logits only where they are asked for
-        return generator(ids, mask).flatten(0, 1)[where].argmax(-1)
+    def predict_tokens(ids, mask, positions, temperature):  # of bert.BertForMaskedLM
+        return torch.where(positions, generator(ids, mask).argmax(-1), ids)
 
-    return diffcse.edit_sentences(SimpleNamespace(fill=fill), x, x_masked, mask, mask, SimpleNamespace(vocab_size=None), Config())[0]
+    generator_with_predict = SimpleNamespace(predict_tokens=predict_tokens)
+    batch = data.Batch(x, mask, x_masked, x_masked != x)
+    return diffcse.edit_sentences(generator_with_predict, batch, None, diffcse.Config())[0]
 
 
-def replaced_token_loss(logits: Tensor, x: Tensor, x_edited: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def replaced_token_loss(
+    logits: Tensor, x: Tensor, x_edited: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
     replaced = (x_edited != x) & mask  # the last line of diffcse.edit_sentences
-    return replaced, diffcse.replaced_token_loss(logits, replaced, mask, pads_in_loss=False)
+    return replaced, diffcse.replaced_token_loss(logits, replaced, mask, False, "mean")[0]
 
 
 def read_with_h(bert, ids: Tensor, mask: Tensor, h: Tensor) -> Tensor:
-    return bert.whole(ids, mask, cls_vector=h)  # bert.Bert.forward
+    return bert(ids, mask, cls_vector=h)  # bert.Bert.forward
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    return bert_py.attention(q, k, v, mask, dropout=0.0)
+    # bert.SelfAttention calls F.scaled_dot_product_attention; engine/fast.py has it written out.
+    return fast.attention(q, k, v, mask[:, None, None, :], 0.0)
 
 
 read_safetensors = bert_py.read_safetensors
@@ -60,16 +72,17 @@ spearman = eval_sts.spearman
 
 
 def alignment_and_uniformity(u: np.ndarray, v: np.ndarray) -> tuple[float, float]:
-    return analysis.alignment(u, v, ratings=np.full(len(u), 5.0), threshold=4), analysis.uniformity(u, v)
+    ratings = np.full(len(u), 5.0)
+    return analysis.alignment(u, v, ratings, threshold=4), analysis.uniformity(u, v)
 
 
 def recall_at_k(u: np.ndarray, v: np.ndarray, k: int) -> float:
-    return analysis.recall(u, v, ratings=np.full(len(u), 5.0), ks=(k,))[f"recall@{k}"]
+    return analysis.recall(u, v, np.full(len(u), 5.0), ks=(k,))[f"recall@{k}"]
 
 
-def state_of(model, optimizer) -> dict[str, Tensor]:
-    return run.state_of(model, optimizer, window=[])
+def state_dict(model, optimizer) -> dict[str, Tensor]:
+    return run.state_dict(model, optimizer, pending=[])
 
 
-def restore(tensors: dict[str, Tensor], model, optimizer) -> None:
-    run.restore(tensors, model, optimizer)
+def load_state_dict(tensors: dict[str, Tensor], model, optimizer) -> None:
+    run.load_state_dict(tensors, model, optimizer)

@@ -1,4 +1,4 @@
-"""Whose answers are checked: write_it.py and fix_it.py as they stand, or (--answers reference) the repository's."""
+"""What is checked: write_it.py and fix_it.py, or (--answers reference) the repository's code."""
 
 import importlib
 
@@ -9,12 +9,18 @@ torch.set_num_threads(1)  # tensors this small are slower on several
 
 
 def pytest_addoption(parser):
-    parser.addoption("--answers", choices=("mine", "reference"), default="mine", help="what is checked: your files, or the repository's own functions")
+    parser.addoption(
+        "--answers",
+        choices=("mine", "reference"),
+        default="mine",
+        help="what is checked: your files, or the repository's own functions",
+    )
 
 
 @pytest.fixture
 def write_it(request):
-    return importlib.import_module("write_it" if request.config.getoption("--answers") == "mine" else "answers")
+    mine = request.config.getoption("--answers") == "mine"
+    return importlib.import_module("write_it" if mine else "answers")
 
 
 @pytest.fixture

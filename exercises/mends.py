@@ -1,14 +1,13 @@
-"""For the teacher: what is wrong in fix_it.py, as old and new lines, and what each mistake looks like in a log.
+"""For the teacher: the bugs of fix_it.py as old and new lines, and their symptoms in a log.
 
-    python exercises/mends.py symptoms --json results/exercises/fix_it.json              # a run for each mistake, six minutes
-    python exercises/mends.py symptoms --json results/exercises/fix_it.json --seeds 0,1,2
-    python exercises/mends.py lines                                                      # the old and new lines
+    python exercises/mends.py lines                        # the old and the new lines
+    python exercises/mends.py symptoms --json FILE --seeds 0,1,2    # six minutes per seed
 
-"symptoms" runs the trainer with everything mended, and with each mistake alone, all others mended; for 2 once more with another
-lam, for 8 with another lr. Of each run's model at the end it says what a log does not: the loss of eight sentences padded little
-and much (6), what BatchNorm counted (7), and how far G's weights are from their folder's (8).
-The tests say the same of tiny models: test_fix_it.py.
-Not here: mends that are written otherwise and are right too. The tests take them.
+"symptoms" runs the trainer with all bugs fixed, then with each bug alone. Bug 2 is also run with
+another lam and bug 8 with another lr. For each run it also reports what a log does not show: the
+loss of eight sentences with little and with much padding (bug 6), how many batches BatchNorm
+counted (bug 7), and how far G's weights moved (bug 8). test_fix_it.py tests the same in tiny
+models. Not here: other correct fixes. The tests accept them.
 """
 
 import argparse
@@ -17,6 +16,7 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -24,66 +24,89 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bert.py and the others lie one folder up
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of bert.py
 
-from bert import load_bert, write_atomically
-from data import TokenizedSentences, find_model, mask_tokens, run_main
+from bert import load_bert
+from data import mask_tokens, read_sentences
+from engine.errors import run_main, write_atomically
+from engine.hub import find_model, find_text
+from engine.tokens import TokenizedSentences
+from eval_sts import make_score
 
 FILE = Path(__file__).with_name("fix_it.py")
 
 NAMES = {
-    1: "cosines times the temperature",
+    1: "cosines multiplied by the temperature",
     2: "h detached before the discriminator",
-    3: "labels taken before [CLS] is put back",
-    4: "projector on at evaluation",
-    5: "dropout off after a score",
-    6: "padding counted as kept",
-    7: "BatchNorm for each view",
+    3: "labels computed before [CLS] is restored",
+    4: "projector used at evaluation",
+    5: "dropout off after an evaluation",
+    6: "padding counted as original",
+    7: "BatchNorm per view",
     8: "generator trained with the encoder",
 }
-MENDS = {  # the mistake, and what is meant
-    1: ("F.cross_entropy(cosines * temperature, ",
-        "F.cross_entropy(cosines / temperature, "),
-    2: ("cls_vector=h.detach()",
-        "cls_vector=h"),
-    3: ("""\
+MENDS = {  # old and new lines
+    1: (
+        "F.cross_entropy(cosines * temperature, ",
+        "F.cross_entropy(cosines / temperature, ",
+    ),
+    2: (
+        "cls_vector=h.detach()",
+        "cls_vector=h",
+    ),
+    3: (
+        """\
     replaced = x_edited != x  # a masked token that G restores is not replaced
-    x_edited[:, 0] = x[:, 0]  # G knows no [CLS]: it was never asked for one
-""", """\
-    x_edited[:, 0] = x[:, 0]  # G knows no [CLS]: it was never asked for one
+    x_edited[:, 0] = x[:, 0]  # G was never trained to predict [CLS]
+""",
+        """\
+    x_edited[:, 0] = x[:, 0]  # G was never trained to predict [CLS]
     replaced = x_edited != x  # a masked token that G restores is not replaced
-"""),
-    4: ("""\
+""",
+    ),
+    4: (
+        """\
     vectors = torch.from_numpy(encode(model.encoder, tokenizer, sentences))
     with torch.no_grad():
-        vectors = model.projector(vectors)  # to where the cosines were trained
+        vectors = model.projector(vectors)  # where the cosines were trained
     return vectors.numpy()
-""", """\
+""",
+        """\
     return encode(model.encoder, tokenizer, sentences)
-"""),
-    5: ("""\
+""",
+    ),
+    5: (
+        """\
     model.train()
-    for number in range(1, steps + 1):
-""", """\
-    for number in range(1, steps + 1):
+    for step in range(1, steps + 1):
+""",
+        """\
+    for step in range(1, steps + 1):
         model.train()
-"""),
-    6: ("F.cross_entropy(logits.flatten(0, 1), replaced.flatten().long())",
-        "F.cross_entropy(logits[mask], replaced[mask].long())"),
-    7: ("h = torch.stack([self.projector(cls[0::2]), self.projector(cls[1::2])], dim=1)  # (B, 2, D)",
-        "h = self.projector(cls).view(-1, 2, cls.shape[1])  # (B, 2, D)"),
-    8: ("encoder = generator.bert  # the MLM head sits on top of it",
-        "encoder = load_bert(folder)"),
-}  # fmt: skip
+""",
+    ),
+    6: (
+        "F.cross_entropy(logits.flatten(0, 1), replaced.flatten().long())",
+        "F.cross_entropy(logits[mask], replaced[mask].long())",
+    ),
+    7: (
+        "h = torch.stack([self.projector(cls[0::2]), self.projector(cls[1::2])], dim=1)",
+        "h = self.projector(cls).unflatten(0, (-1, 2))",
+    ),
+    8: (
+        "encoder = generator.bert  # the MLM head is on top of it",
+        "encoder = load_bert(folder)",
+    ),
+}
 
 
 def mended(*numbers: int) -> ModuleType:
-    """fix_it.py as a module, with these mistakes mended. Raises: ValueError where one's lines are not there exactly once."""
+    """fix_it.py as a module, with these bugs fixed. Raises: ValueError if a bug is not found."""
     text = FILE.read_text()
     for number in numbers:
         old, new = MENDS[number]
         if text.count(old) != 1:
-            raise ValueError(f"mistake {number} stands in {FILE.name} {text.count(old)} times:\n{old}")
+            raise ValueError(f"bug {number} occurs {text.count(old)} times in {FILE.name}:\n{old}")
         text = text.replace(old, new)
     module = ModuleType("fix_it")
     module.__file__ = str(FILE)
@@ -95,102 +118,142 @@ def all_mended() -> ModuleType:
     return mended(*MENDS)
 
 
-def only(mistake: int | None) -> ModuleType:
-    """fix_it.py with this one mistake left, or with none."""
-    return mended(*(number for number in MENDS if number != mistake))
+def only(bug: int | None) -> ModuleType:
+    """fix_it.py with this one bug, or with none."""
+    return mended(*(number for number in MENDS if number != bug))
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The runs
 
 
-def padded_losses(module: ModuleType, model, tokenizer, sentences: list[str]) -> list[float]:
-    """The replaced-token loss of the same sentences and masks, padded to their longest and to MAX_LENGTH. Without dropout."""
-    data = TokenizedSentences(((sentence,) for sentence in sentences), tokenizer, module.MAX_LENGTH)
-    x, mask = data.batch(np.arange(len(sentences)))  # (R, T)
-    x_masked, _ = mask_tokens(x, tokenizer, module.MASK_RATIO, "all", torch.Generator().manual_seed(0))
+def padded_losses(module: ModuleType, model, tokenizer, short: list[str]) -> list[float]:
+    """The difference loss of sentences padded to their longest, and to MAX_LENGTH; no dropout."""
+    rows = [(sentence,) for sentence in short]
+    sentences = TokenizedSentences(rows, tokenizer, module.MAX_LENGTH)
+    x, mask = sentences.rows(np.arange(len(short)))  # (R, T)
+    rng = torch.Generator().manual_seed(0)
+    x_masked, _ = mask_tokens(x, tokenizer, module.MASK_RATIO, "all", rng)
     model.eval()
-    losses, filled = [], ((x, tokenizer.pad), (mask, False), (x_masked, tokenizer.pad))
+    losses, values = [], (tokenizer.pad_id, False, tokenizer.pad_id)
     for width in (x.shape[1], module.MAX_LENGTH):
-        batch = (F.pad(t, (0, width - t.shape[1]), value=value) for t, value in filled)
+        more = (0, width - x.shape[1])
+        batch = (F.pad(t, more, value=value) for t, value in zip((x, mask, x_masked), values))
         with torch.no_grad():
-            losses.append(model(*batch, lam=0.0)[1]["prediction"])
+            losses.append(model(*batch, lam=0.0)[1]["difference"])
     return losses
 
 
-def run(mistake: int | None, sentences: list[str], short: list[str], score, **settings) -> dict:
-    """A whole run with one mistake, or none: its log, and of its model at the end what a log does not show."""
-    module, since, built = only(mistake), time.time(), []
+def run(
+    bug: int | None, rows: list[tuple[str]], short: list[str], score: Callable, **settings
+) -> dict:
+    """A whole run with one bug or none: its log, and what the log does not show."""
+    module, started, built = only(bug), time.monotonic(), []
     build = module.build
-    module.build = lambda: built.append(build()) or built[-1]  # train() keeps its model to itself
-    rows = module.train(sentences, score, **settings)
-    (model, tokenizer), fixed = built[0], load_bert(find_model(module.MODEL), mlm=True).state_dict()
-    moved = max(float((p - fixed[name]).abs().max()) for name, p in model.generator.state_dict().items())
-    return {"mistake": mistake, **settings, "seconds": round(time.time() - since, 1),
-            "padded_losses": padded_losses(module, model, tokenizer, short),
-            "num_batches_tracked": int(model.projector[1].num_batches_tracked), "generator_moved": moved,
-            "rows": rows}  # fmt: skip
+    module.build = lambda: built.append(build()) or built[-1]  # train() does not return its model
+    log = module.train(rows, score, **settings)
+    model, tokenizer = built[0]
+    fixed = load_bert(find_model(module.MODEL), mlm=True).state_dict()
+    generator = model.generator.state_dict()
+    return {
+        "bug": bug,
+        **settings,
+        "seconds": round(time.monotonic() - started, 1),
+        "padded_losses": padded_losses(module, model, tokenizer, short),
+        "num_batches_tracked": int(model.projector[1].num_batches_tracked),
+        "generator_moved": max(float((generator[n] - fixed[n]).abs().max()) for n in fixed),
+        "log": log,
+    }
 
 
-def symptoms(seeds: list[int], steps: int, batch_size: int, lr: float, lam: float, other_lr: float, other_lam: float) -> dict:
-    """All runs, with their logs. Prints a table's line after each, and the table at the end."""
-    import docs  # imports hundreds of modules to read what is written about them: once, for all runs
+def symptoms(
+    seeds: list[int],
+    steps: int,
+    batch_size: int,
+    lr: float,
+    lam: float,
+    other_lr: float,
+    other_lam: float,
+    file: str | None,
+) -> None:
+    """All runs. Prints a line of the table after each, and the table at the end.
 
-    started, sentences, score = time.time(), docs.training_sentences(), docs.DocsScore().dev
-    short = sorted(set(sentences), key=lambda sentence: (abs(len(sentence) - 40), sentence))[:8]  # of like length: little padding
-    plan = [(None, lr, lam), *((number, lr, lam) for number in MENDS), (None, lr, other_lam), (2, lr, other_lam),
-            (None, other_lr, lam), (8, other_lr, lam)]  # fmt: skip
-    runs, lines = [], [HEADER]
+    file: the logs, written anew after each run.
+    """
+    started, score = time.monotonic(), make_score("captions", "").dev
+    rows = list(read_sentences(find_text(all_mended().TRAIN_FILE)))
+    sentences = {sentence for row in rows for sentence in row}
+    by_length = sorted(sentences, key=lambda sentence: (abs(len(sentence) - 40), sentence))
+    short = by_length[:8]  # of similar length, so they need little padding
+    plan = [(bug, lr, lam) for bug in (None, *MENDS)]
+    plan += [(bug, lr, other_lam) for bug in (None, 2)]
+    plan += [(bug, other_lr, lam) for bug in (None, 8)]
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    found = {
+        "command": shlex.join(["python", *sys.argv]),
+        "bugs": NAMES,
+        "padded": short,
+        "versions": versions | {"threads": torch.get_num_threads()},
+        "seconds": 0.0,
+        "runs": [],
+    }
+    lines = [HEADER]
     for seed in seeds:
-        for mistake, rate, weight in plan:
-            settings = dict(steps=steps, batch_size=batch_size, lr=rate, lam=weight, seed=seed)
-            runs.append(run(mistake, sentences, short, score, **settings))
-            lines.append(line(runs[-1]))
+        for bug, run_lr, run_lam in plan:
+            settings = dict(steps=steps, batch_size=batch_size, lr=run_lr, lam=run_lam, seed=seed)
+            found["runs"].append(run(bug, rows, short, score, **settings))
+            found["seconds"] = round(time.monotonic() - started, 1)
+            if file:
+                write_atomically(file, json.dumps(found, indent=1) + "\n")
+            lines.append(format_run(found["runs"][-1]))
             print(f"\n{HEADER}\n{lines[-1]}\n", flush=True)
     print("\n".join(lines))
-    return {"command": shlex.join(["python", *sys.argv]), "mistakes": NAMES, "padded": short,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()},
-            "seconds": round(time.time() - started, 1), "runs": runs}  # fmt: skip
 
 
-HEADER = ("mistake seed    lr  lam  contrastive first, last  cosines + last, - last  prediction first, last  replaced first, last"
-          "  accuracy_replaced _kept   score 0, best, last   prediction padded little, much"
-          "  tracked  generator moved")  # fmt: skip
+HEADER = (
+    "bug seed    lr  lam  contrastive first, last  cosines + last, - last"
+    "  difference first, last  replaced first, last  accuracy_replaced _original"
+    "   score 0, best, last   difference padded little, much  tracked  generator moved"
+)
 
 
-def line(run: dict) -> str:
-    """A run's line of the table. First and last are step 1 and the last one, but of share_replaced the means of ten steps."""
-    rows, scores = run["rows"][1:], [row["score"] for row in run["rows"] if "score" in row]
-    first, last = rows[0], rows[-1]
-    shares = [sum(row["share_replaced"] for row in ten) / len(ten) for ten in (rows[:10], rows[-10:])]
-    own, wide = run["padded_losses"]
-    return (f"{run['mistake'] or '-':>7}{run['seed']:>5}{run['lr']:>6g}{run['lam']:>5g}"
-            f"{first['contrastive']:>14.6f}{last['contrastive']:>11.6f}"
-            f"{last['positive_cosine']:>14.4f}{last['negative_cosine']:>10.4f}"
-            f"{first['prediction']:>15.4f}{last['prediction']:>10.4f}{shares[0]:>14.4f}{shares[1]:>9.4f}"
-            f"{last['accuracy_replaced']:>15.3f}{last['accuracy_kept']:>10.3f}"
-            f"{scores[0]:>9.2f}{max(scores):>7.2f}{scores[-1]:>7.2f}{own:>22.4f}{wide:>9.4f}"
-            f"{run['num_batches_tracked']:>11}{run['generator_moved']:>17.1e}")  # fmt: skip
+def format_run(run: dict) -> str:
+    """A line of the table: the first and last step; share_replaced: means of ten steps."""
+    log, scores = run["log"][1:], [line["score"] for line in run["log"] if "score" in line]
+    first, last = log[0], log[-1]
+    shares = [np.mean([line["share_replaced"] for line in ten]) for ten in (log[:10], log[-10:])]
+    little, much = run["padded_losses"]
+    return (
+        f"{run['bug'] or '-':>3}{run['seed']:>5}{run['lr']:>6g}{run['lam']:>5g}"
+        f"{first['contrastive']:>14.6f}{last['contrastive']:>11.6f}"
+        f"{last['positive_cosine']:>14.4f}{last['negative_cosine']:>10.4f}"
+        f"{first['difference']:>15.4f}{last['difference']:>10.4f}"
+        f"{shares[0]:>14.4f}{shares[1]:>9.4f}"
+        f"{last['accuracy_replaced']:>15.3f}{last['accuracy_original']:>13.3f}"
+        f"{scores[0]:>9.2f}{max(scores):>7.2f}{scores[-1]:>7.2f}{little:>22.4f}{much:>9.4f}"
+        f"{run['num_batches_tracked']:>11}{run['generator_moved']:>17.1e}"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What is wrong in fix_it.py, and what one sees of it.")
+    parser = argparse.ArgumentParser(description="The bugs of fix_it.py and their symptoms.")
     parser.add_argument("what", choices=("symptoms", "lines"))
-    parser.add_argument("--json", metavar="FILE", help="symptoms: keep all rows of the logs here")
-    parser.add_argument("--seeds", default="0", help="symptoms: with commas between (default: 0)")
-    for name, default in (("steps", 40), ("batch-size", 32), ("lr", 3e-5), ("lam", 0.05), ("other-lr", 1e-3), ("other-lam", 5.0)):
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"symptoms: (default: {default})")
+    parser.add_argument("--json", metavar="FILE", help="symptoms: also write the logs")
+    parser.add_argument("--seeds", default="0", help="symptoms: separated by commas (default: 0)")
+    settings = {"steps": 40, "batch-size": 32, "lr": 3e-5, "lam": 0.05}
+    settings |= {"other-lr": 1e-3, "other-lam": 5.0}
+    for name, value in settings.items():
+        help = f"symptoms: (default: {value})"
+        parser.add_argument(f"--{name}", type=type(value), default=value, help=help)
     args = vars(parser.parse_args())
-    what, file, seeds = args.pop("what"), args.pop("json"), [int(seed) for seed in args.pop("seeds").split(",")]
+    what, file, seeds = args.pop("what"), args.pop("json"), args.pop("seeds").split(",")
     if what == "lines":
-        for number, (old, new) in MENDS.items():
+        for number, pair in MENDS.items():
             print(f"{number}. {NAMES[number]}")
-            for sign, text in (("-", old), ("+", new)):
-                print("\n".join(f"    {sign} {part}" for part in text.splitlines()))
+            for sign, text in zip("-+", pair):
+                print("\n".join(f"    {sign} {line}" for line in text.splitlines()))
         return
-    found = symptoms(seeds, **args)
-    if file:
-        write_atomically(file, json.dumps(found, indent=1) + "\n")
+    symptoms([int(seed) for seed in seeds], **args, file=file)
 
 
 if __name__ == "__main__":

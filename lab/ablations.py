@@ -1,228 +1,405 @@
-"""The paper's ablations: what stands in the place of the difference prediction. None of their code was published.
+"""The paper's ablations (Tables 3, 4 and 15): other losses in place of the difference prediction.
 
-    python diffcse.py --config small --objective masked                # Table 3: conditional masked language model
-    python diffcse.py --config small --edit-with insert                # Table 4
-    python diffcse.py --config small --edit-as negative --lam 1        # Table 15
+    python -m lab.ablations --config small --objective masked               # Table 3
+    python -m lab.ablations --config small --edit-with insert               # Table 4
+    python -m lab.ablations --config small --edit-as negative --lam 1       # Table 15
 
-Each is a function with the signature of diffcse.difference_prediction, (model, h, batch, V, room) -> loss, shares for the log:
-    masked_tokens, corrected_tokens      what is predicted (Table 3)
-    difference, positive, negative       what an edited sentence is used for (Table 15); the edit is one of
-        replace, insert, delete          (Table 4)
-    of_next                              any of them for the next sentence in place of h's own (Table 3)
-    mean_of                              several at once
+With its defaults this is `python diffcse.py`. Each loss is a function (model, h, batch) -> loss,
+metrics, called where diffcse.py calls difference_loss:
 
-Where the paper says nothing the choice is in the docstring. Scores are the paper's, bert-base, STS-B dev / average transfer dev,
-where DiffCSE has 84.56 / 85.95, SimCSE 81.47 / 83.91, and SimCSE with BatchNorm 82.22 / 85.66.
-Letters: as in diffcse.py; n places. Edits of different rows are drawn independently, from torch's random numbers.
-Not here: what needs no code of its own. --no-contrastive 54.48 / 83.46 (Table 3), --projector (Table 5), --generator (6), --mask-ratio (7), --lam (8).
+    masked_loss, corrected_loss                  what the discriminator predicts (Table 3)
+    difference_loss, positive_loss, negative_loss     how an edited sentence is used (Table 15)
+    replace, insert, delete                      how it is edited (Table 4)
+
+None of their code was published; where the paper is silent, the docstring names the choice. Scores
+are the paper's, bert-base, STS-B dev / average transfer dev. DiffCSE has 84.56 / 85.95, SimCSE
+81.47 / 83.91, SimCSE with BatchNorm 82.22 / 85.66.
+Shapes: as in diffcse.py; n positions, W words of the vocabulary.
+Not here: ablations without code of their own. --no-contrastive has 54.48 / 83.46 (Table 3);
+--projector is Table 5, --generator 6, --mask-ratio 7, --lam 8.
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-import ranks
-from bert import Bert, load_bert, places
-from diffcse import Config, Prediction, Room, TrainingModel, discriminate, edit_sentences, edited_rows, replaced_token_loss, widen
+from bert import Bert, MLMHead, load_bert
+from data import Batch, Tokenizer
+from diffcse import (
+    Config,
+    DiffCSEModel,
+    at_least_fp32,
+    edit_sentences,
+    load_generator,
+    main,
+    replaced_token_loss,
+)
+from embed import check_pooling
+from engine import cli, distributed, hub
+from engine.errors import UserError, run_main
+from engine.run import Metrics
+from engine.tokens import TokenizedSentences
+from lab.running_text import read_running_text, read_with_next
 
-# ----------------------------------------------------------------------------------------------------------------
-# What is predicted (Table 3)
+Loss = tuple[Tensor, Metrics]
+Edit = tuple[Tensor, Tensor, Tensor]  # x_edited (R, T'') ids, changed (R, T'') bool, mask (R, T'')
 
 
-def mean_at(losses: Tensor) -> Tensor:
-    """The mean over the places of all ranks; each adds its own. Shapes: (n,) -> ()."""
-    return losses.sum() / ranks.total(torch.tensor(len(losses), device=losses.device)).clamp_min(1)
+def edited_rows(model: "AblationModel", h: Tensor, batch: Batch) -> tuple[Tensor, Batch]:
+    """The rows whose edit the discriminator reads."""
+    if model.cfg.views == "first":
+        h, batch = h[:: batch.views], batch.first_views()
+    return h, cut(batch)
 
 
-def masked_tokens(model: TrainingModel, h: Tensor, batch: tuple[Tensor, ...], V: int, room: Room) -> Prediction:
-    """Conditional masked language model: D sees x' and h, and says what stood at the masked places.
+def cut(batch: Batch) -> Batch:
+    """Without the columns that give a GPU's batches one static shape."""
+    return Batch(*(t[:, : batch.width] for t in batch.tensors()), batch.views)
 
-    Table 3: 83.08 / 84.43, for the next sentence (which is Yang et al. 2020, CMLM) 75.82 / 85.68, for both 82.88 / 84.82.
-    D's head is the pretrained model's own, trained on with it; no generator is needed. The loss is the mean over the masked places.
+
+def mean_of_all(losses: Tensor) -> Tensor:
+    """The mean over the positions of all processes. Shapes: (n,) -> ().
+
+    Each process adds up its own; gradients are averaged over processes, hence world_size.
     """
-    edited = edited_rows(model.cfg, V)
-    h, x, mask, x_masked, selected = (t[edited] for t in (h, *batch))
-    where = places(selected)  # (n,)
-    states = model.discriminator(x_masked, mask, cls_vector=h, tokens=places(mask), wanted=where)  # (n, D)
-    logits = model.head(states, model.discriminator.embeddings.word.weight)  # (n, vocabulary)
-    truth = x.flatten()[where]
-    right = (logits.argmax(-1) == truth).sum()
-    return mean_at(F.cross_entropy(widen(logits), truth, reduction="none")), {"accuracy_masked": (right, torch.tensor(len(where), device=x.device))}
+    n = distributed.all_reduce_sum(torch.tensor(len(losses), device=losses.device))
+    return losses.sum() * distributed.world_size() / n.clamp_min(1)
 
 
-def corrected_tokens(model: TrainingModel, h: Tensor, batch: tuple[Tensor, ...], V: int, room: Room) -> Prediction:
-    """Conditional corrective language model: D sees x'' and h, says which tokens were replaced, and what stood at the places that were masked.
+def log_ratio(loss: Tensor, name: str, flags: Tensor) -> Metrics:
+    """The loss, and the share of flags that are set. Shapes: (), (n,) bool."""
+    return {"difference": (loss.detach(), 1), name: (flags.sum(), len(flags))}
 
-    Table 3: 79.79 / 85.30. Meng et al. 2021 (COCO-LM), section 3: the word is copied from x'' with the probability that it was kept, else drawn from the vocabulary,
-        p(x_t) = p_kept [x_t = x''_t] + (1 - p_kept) p_word(x_t)
-    at masked places, where p_kept is not taught by this; it is by the replaced-token loss. The two are added with equal weight (each is a mean).
+
+# ------------------------------------------------------------------------------------------------
+# What the discriminator predicts (Table 3)
+
+
+def masked_loss(model: "AblationModel", h: Tensor, batch: Batch) -> Loss:
+    """Conditional masked language model: D reads x' and h, and predicts the masked tokens.
+
+    Table 3: 83.08 / 84.43; of the next sentence, which is CMLM (Yang et al. 2020), 75.82 / 85.68;
+    of both 82.88 / 84.82. D's head is the pretrained model's masked-LM head, trained too; there is
+    no generator. The loss is the mean over masked positions.
     """
-    edited = edited_rows(model.cfg, V)
-    h, x, mask, x_masked, selected = (t[edited] for t in (h, *batch))
-    x_edited, replaced = edit_sentences(model.generator, x, x_masked, selected, mask, model.tokenizer, model.cfg, room)
-    states = model.discriminator(x_edited, mask, cls_vector=h)  # (R, T, D)
-    kept_or_not = model.head["copy"](states)  # (R, T, 2)
-    detection = replaced_token_loss(kept_or_not, replaced, mask, model.cfg.pads_in_loss, model.cfg.reduction)
-    where = places(selected)  # (n,)
-    truth, at = x.flatten()[where], states.flatten(0, 1)[where]  # (n,), (n, D)
-    words = widen(model.head["words"](at, model.discriminator.embeddings.word.weight)).log_softmax(-1)  # (n, vocabulary)
-    kept, not_kept = widen(kept_or_not.detach().flatten(0, 1)[where]).log_softmax(-1).unbind(-1)  # (n,), (n,): log p
-    drawn = not_kept + words.gather(1, truth[:, None])[:, 0]  # (n,)
-    log_p = torch.where(x_edited.flatten()[where] == truth, torch.logaddexp(kept, drawn), drawn)
-    right = (words.argmax(-1) == truth).sum()
-    return detection + mean_at(-log_p), {"share_replaced": (replaced.sum(), mask.sum()), "accuracy_words": (right, torch.tensor(len(where), device=x.device))}
+    h, batch = edited_rows(model, h, batch)
+    states = model.discriminator(batch.x_masked, batch.mask, cls_vector=h)[batch.selected]  # (n, D)
+    logits = model.mlm_head(states, model.discriminator.embeddings.word.weight)  # (n, W)
+    target = batch.x[batch.selected]
+    loss = mean_of_all(F.cross_entropy(at_least_fp32(logits), target, reduction="none"))
+    return loss, log_ratio(loss, "accuracy_masked", logits.argmax(-1) == target)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# How a sentence is edited (Table 4): -> x'' (R, T'') ids, changed (R, T'') bool, which is what D is asked, mask (R, T'')
+def corrected_loss(model: "AblationModel", h: Tensor, batch: Batch) -> Loss:
+    """Conditional corrective language model: D reads x'' and h, finds the replaced tokens, and
+    predicts the token of x at masked positions.
 
-Edit = tuple[Tensor, Tensor, Tensor]
+    Table 3: 79.79 / 85.30. As in COCO-LM (Meng et al. 2021, section 3), D copies a token of x''
+    with the probability that it is original, and otherwise draws one from the vocabulary:
+        p(x_t) = p_original [x_t = x''_t] + (1 - p_original) p_token(x_t)
+    This term does not train p_original, which the replaced-token loss trains. The two losses, each
+    a mean, are added with equal weight.
+    """
+    h, batch = edited_rows(model, h, batch)
+    selected, target = batch.selected, batch.x[batch.selected]  # (R, T), (n,)
+    x_edited, replaced = edit_sentences(model.generator, batch, model.tokenizer, model.cfg)
+    states = model.discriminator(x_edited, batch.mask, cls_vector=h)  # (R, T, D)
+    detection = model.head(states)  # (R, T, 2)
+    pads_in_loss, reduction = model.cfg.pads_in_loss, model.cfg.reduction
+    detection_loss, metrics = replaced_token_loss(
+        detection, replaced, batch.mask, pads_in_loss, reduction
+    )
+    logits = model.mlm_head(states[selected], model.discriminator.embeddings.word.weight)  # (n, W)
+    log_token = at_least_fp32(logits).log_softmax(-1).gather(1, target[:, None]).squeeze(1)  # (n,)
+    log_original, log_replaced = (  # (n,), (n,)
+        at_least_fp32(detection.detach()[selected]).log_softmax(-1).unbind(-1)
+    )
+    log_drawn = log_replaced + log_token
+    log_copied_or_drawn = torch.logaddexp(log_original, log_drawn)
+    log_p = torch.where(x_edited[selected] == target, log_copied_or_drawn, log_drawn)
+    loss = detection_loss + mean_of_all(-log_p)
+    return loss, metrics | log_ratio(loss, "accuracy_masked", logits.argmax(-1) == target)
 
 
-def replace(model: TrainingModel, x: Tensor, mask: Tensor, x_masked: Tensor, selected: Tensor, room: Room) -> Edit:
-    """Masked tokens, filled in by the generator: the paper's own. Changed are the tokens that are others than before. Table 4, "MLM 15%": 84.48 / 85.95."""
-    x_edited, replaced = edit_sentences(model.generator, x, x_masked, selected, mask, model.tokenizer, model.cfg, room)
-    return x_edited, replaced, mask
+# ------------------------------------------------------------------------------------------------
+# How a sentence is edited (Table 4). Edits of different rows are drawn independently.
+
+
+def replace(model: "AblationModel", batch: Batch) -> Edit:
+    """The paper's own edit: masked tokens, filled by the generator. Changed are the tokens that
+    differ from x. Table 4, "MLM 15%": 84.48 / 85.95."""
+    x_edited, replaced = edit_sentences(model.generator, batch, model.tokenizer, model.cfg)
+    return x_edited, replaced, batch.mask
 
 
 @torch.no_grad()
-def insert(model: TrainingModel, x: Tensor, mask: Tensor, x_masked: Tensor, selected: Tensor, room: Room) -> Edit:
-    """[MASK]s put in at mask_ratio of the length, anywhere between [CLS] and [SEP], and filled in by the generator. Changed are the tokens put in. Table 4: 82.20 / 85.96.
+def insert(model: "AblationModel", batch: Batch) -> Edit:
+    """[MASK]s at random positions between [CLS] and [SEP], mask_ratio of the length, filled by the
+    generator. Changed are the inserted tokens. Table 4: 82.20 / 85.96.
 
-    The generator writes nowhere else, whatever --edit-scope says: what is not put in is x.
+    All other tokens are those of x, whatever --edit-scope is.
     """
-    lengths, number = mask.sum(1), how_many(mask.sum(1) - 2, model.cfg.mask_ratio)  # (R,), (R,)
-    at = torch.arange(int((lengths + number).max()) if len(x) else x.shape[1], device=x.device)  # (T'',)
-    mask_edited = at < (lengths + number)[:, None]  # (R, T'')
-    inserted = draw(inner(mask_edited), number)  # (R, T'')
-    before = ((~inserted).cumsum(1) - 1).clamp_max(x.shape[1] - 1)  # (R, T''): where the others stood in x
-    with_masks = x.gather(1, before).masked_fill(inserted, model.tokenizer.mask) * mask_edited
-    temperature = model.cfg.edit_temperature if model.cfg.edit == "sample" else None
-    words = model.generator.fill(with_masks, mask_edited, places(mask_edited), places(inserted), model.tokenizer.vocab_size, temperature)  # (n,)
-    return with_masks.masked_scatter(inserted, words), inserted, mask_edited
+    cfg, x, lengths = model.cfg, batch.x, batch.mask.sum(1)
+    count = random_count(lengths - 2, cfg.mask_ratio)  # (R,)
+    lengths_edited = lengths + count
+    positions = torch.arange(int(lengths_edited.max()), device=x.device)  # (T'',)
+    mask = positions < lengths_edited[:, None]  # (R, T'')
+    inserted = random_subset(inner(mask), count)  # (R, T'')
+    source = ((~inserted).cumsum(1) - 1).clamp_max(x.shape[1] - 1)  # (R, T''): positions in x
+    with_masks = x.gather(1, source).masked_fill(inserted, model.tokenizer.mask_id) * mask
+    temperature = cfg.edit_temperature if cfg.edit == "sample" else None
+    return model.generator.predict_tokens(with_masks, mask, inserted, temperature), inserted, mask
 
 
-def delete(model: TrainingModel, x: Tensor, mask: Tensor, x_masked: Tensor, selected: Tensor, room: Room) -> Edit:
-    """mask_ratio of the tokens taken out. Changed are the tokens, [SEP] among them, right before which one or more are gone. Table 4: 82.59 / 85.97."""
-    deleted = draw(inner(mask), how_many(mask.sum(1) - 2, model.cfg.mask_ratio))  # (R, T)
-    gone_before = F.pad(deleted, (1, -1))  # (R, T): at the next token
-    order = (deleted | ~mask).byte().argsort(dim=1, stable=True)  # (R, T): what stays comes first
+def delete(model: "AblationModel", batch: Batch) -> Edit:
+    """mask_ratio of the tokens are deleted. Changed are the tokens, perhaps [SEP], that follow a
+    deleted one. Table 4: 82.59 / 85.97."""
+    x, mask = batch.x, batch.mask
+    deleted = random_subset(inner(mask), random_count(mask.sum(1) - 2, model.cfg.mask_ratio))
+    follows = F.pad(deleted, (1, -1))  # (R, T): the token before was deleted
+    order = (deleted | ~mask).byte().argsort(dim=1, stable=True)  # (R, T): remaining tokens first
     mask_edited = (mask & ~deleted).gather(1, order)
-    return x.gather(1, order) * mask_edited, gone_before.gather(1, order) & mask_edited, mask_edited
+    return x.gather(1, order) * mask_edited, follows.gather(1, order) & mask_edited, mask_edited
 
 
 def inner(mask: Tensor) -> Tensor:
-    """All tokens but the first, [CLS], and the last, [SEP]. Shapes: (R, T) bool -> (R, T) bool."""
-    at = torch.arange(mask.shape[1], device=mask.device)
-    return (at > 0) & (at < mask.sum(1, keepdim=True) - 1)
+    """All tokens but [CLS] and [SEP]. Shapes: (R, T) bool -> (R, T) bool."""
+    position = torch.arange(mask.shape[1], device=mask.device)
+    return (position > 0) & (position < mask.sum(1, keepdim=True) - 1)
 
 
-def how_many(of: Tensor, share: float) -> Tensor:
-    """Whole numbers that are share * of in the mean, the next below or above. Shapes: (R,) -> (R,)."""
-    drawn = (share * of + torch.rand(of.shape, device=of.device)).floor().long()
-    return torch.minimum(drawn, (share * of.double()).ceil().long())  # 15 + 0.99999994 is 16 in fp32
+def random_count(lengths: Tensor, ratio: float) -> Tensor:
+    """ratio * lengths, rounded up or down at random so that the mean is exact. Shapes: (R,)."""
+    count = (ratio * lengths + torch.rand(lengths.shape, device=lengths.device)).floor().long()
+    return torch.minimum(count, (ratio * lengths.double()).ceil().long())  # fp32 may round up
 
 
-def draw(among: Tensor, number: Tensor) -> Tensor:
-    """As many of each row's places as `number` says, all equally likely. Shapes: (R, T) bool, (R,) -> (R, T) bool."""
-    order = torch.rand(among.shape, device=among.device).masked_fill(~among, 2).argsort(1).argsort(1)  # (R, T): places in a random order, others last
-    return among & (order < number[:, None])
+def random_subset(candidates: Tensor, count: Tensor) -> Tensor:
+    """`count` of each row's candidates, all equally likely. Shapes: (R, T) bool, (R,) -> (R, T)."""
+    draws = torch.rand(candidates.shape, device=candidates.device)
+    rank = draws.masked_fill(~candidates, 2).argsort(1).argsort(1)  # (R, T): other tokens are last
+    return candidates & (rank < count[:, None])
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# What an edit is used for (Table 15)
+# ------------------------------------------------------------------------------------------------
+# How the edited sentence is used (Table 15)
 
 
-def difference(model: TrainingModel, h: Tensor, batch: tuple[Tensor, ...], V: int, room: Room, edit: Callable[..., Edit]) -> Prediction:
-    """D sees x'' and h, and says of every token whether it is changed. "Equivariance (Ours)" in Table 15. Each edit has a head of its own."""
-    edited = edited_rows(model.cfg, V)
-    h, *rows = (t[edited] for t in (h, *batch))
-    x_edited, changed, mask = edit(model, *rows, room)
-    return discriminate(model, model.head[edit.__name__], h, x_edited, changed, mask, room)
+def difference_loss(model: "AblationModel", h: Tensor, batch: Batch, edit: Callable) -> Loss:
+    """D reads x'' and h, and labels each token as changed or not. "Equivariance (Ours)" in Table
+    15. Each edit has a head of its own."""
+    if edit is replace:
+        return DiffCSEModel.difference_loss(model, h, batch)
+    cfg = model.cfg
+    h, batch = edited_rows(model, h, batch)
+    x_edited, changed, mask = edit(model, batch)
+    logits = model.heads[edit.__name__](model.discriminator(x_edited, mask, cls_vector=h))
+    return replaced_token_loss(logits, changed, mask, cfg.pads_in_loss, cfg.reduction)
 
 
-def compare(model: TrainingModel, h: Tensor, batch: tuple[Tensor, ...], V: int, room: Room, edit: Callable[..., Edit]) -> tuple[Tensor, Tensor, Tensor]:
-    """h of every sentence's first view, its second view, and an edit of it, as logits of the first with all of the other two.
+def compare(
+    model: "AblationModel", h: Tensor, batch: Batch, edit: Callable
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of first views with second views, and of first views with edits (of first views).
 
-    f and the projector see the edits in a pass of their own (BatchNorm's means are then those of edits). Shapes: h (R, D), R = b V -> (b, B), (b, B), (b,) the number
-    of each of the b sentences of this rank among all B.
+    Encoder and projector see the edits in a pass of their own, so BatchNorm's statistics are those
+    of edits. Shapes: h (R, D) -> (b, B), (b, B), (b,) the columns of a row's own sentence; b
+    sentences of this process, B of all.
     """
-    x_edited, _, mask = edit(model, *(t[::V] for t in batch), room)
-    B = room.sentences or len(x_edited)
-    rows = ranks.part(B)
-    c = model.encode(x_edited, mask, rows, B)  # (B, D)
-    h_edited = model.projector(c if B > 1 else c.repeat(2, 1))[:B]  # (B, D); BatchNorm knows no single row, and makes this one zero
-    with torch.autocast(h.device.type, enabled=False):
-        first, second, edits = (F.normalize(widen(t), dim=-1, eps=1e-8) for t in (h[::V], ranks.gather(h[1::V].contiguous(), rows, B), h_edited))
-        return first @ second.T / model.cfg.temperature, first @ edits.T / model.cfg.temperature, torch.arange(B, device=h.device)[rows]
+    views, temperature = batch.views, model.cfg.temperature
+    x_edited, _, mask = edit(model, cut(batch.first_views()))
+    cls = distributed.all_gather(model.encoder(x_edited, mask, cls_only=True)[:, 0])  # (B, D)
+    B = len(cls)
+    h_edited = model.projector(cls if B > 1 else cls.repeat(2, 1))[:B]  # BatchNorm needs two rows
+    h_second = distributed.all_gather(h[1::views])
+    with torch.autocast(h.device.type, enabled=False):  # as in contrastive_loss
+        first, second, edits = (
+            F.normalize(at_least_fp32(t), dim=-1, eps=1e-8)
+            for t in (h[::views], h_second, h_edited)
+        )
+        own = distributed.own_rows(torch.arange(B, device=h.device))
+        return first @ second.T / temperature, first @ edits.T / temperature, own
 
 
-def positive(model: TrainingModel, h: Tensor, batch: tuple[Tensor, ...], V: int, room: Room, edit: Callable[..., Edit]) -> Prediction:
-    """A sentence's first view must find its edit among all edits, as it must find its second view. Added with weight lam.
+def positive_loss(model: "AblationModel", h: Tensor, batch: Batch, edit: Callable) -> Loss:
+    """A second positive: a first view must find its edit among all edits, as it must find its
+    second view. Weighted by lam. Table 15: MLM 73.59 / 83.33, insert 80.39 / 83.92, delete
+    78.58 / 81.80."""
+    _, logits, own = compare(model, h, batch, edit)
+    loss = F.cross_entropy(logits, own)
+    return loss, log_ratio(loss, "accuracy_edits", logits.argmax(-1) == own)
 
-    Table 15: MLM 73.59 / 83.33, insert 80.39 / 83.92, delete 78.58 / 81.80.
+
+def negative_loss(model: "AblationModel", h: Tensor, batch: Batch, edit: Callable) -> Loss:
+    """All edits are additional negatives, like SimCSE's hard negatives. Table 15: MLM
+    83.02 / 84.49, insert 55.65 / 79.86, delete 55.13 / 82.56.
+
+    The loss is the amount by which they increase InfoNCE, softplus(log(sum over edits) - log(sum
+    over second views)). So with lam 1 (and two views) the total is contrastive_loss with edits as
+    third views.
     """
-    _, logits, own = compare(model, h, batch, V, room, edit)
-    found = (logits.argmax(-1) == own).sum()
-    loss = F.cross_entropy(logits, own, reduction="sum") / (room.sentences or len(own))
-    return loss, {"accuracy_edits": (found, torch.tensor(len(own), device=h.device))}
+    seconds, edits, own = compare(model, h, batch, edit)
+    loss = F.softplus(edits.logsumexp(1) - seconds.logsumexp(1)).mean()
+    nearer = edits.gather(1, own[:, None]) > seconds.gather(1, own[:, None])
+    return loss, log_ratio(loss, "share_nearer", nearer)  # edits nearer than the second view
 
 
-def negative(model: TrainingModel, h: Tensor, batch: tuple[Tensor, ...], V: int, room: Room, edit: Callable[..., Edit]) -> Prediction:
-    """The edits of all sentences are negatives beside the other sentences, as SimCSE's hard negatives are.
+# ------------------------------------------------------------------------------------------------
+# The model
 
-    Table 15: MLM 83.02 / 84.49, insert 55.65 / 79.86, delete 55.13 / 82.56. The loss is what they add to InfoNCE: log(sum over both) - log(sum over second views) =
-    softplus(log(sum over edits) - log(sum over second views)). So with lam 1 the whole is contrastive_loss with edits as third views
-    (where the train file has no third column).
-    """
-    seconds, edits, own = compare(model, h, batch, V, room, edit)
-    loss = F.softplus(edits.logsumexp(1) - seconds.logsumexp(1)).sum() / (room.sentences or len(own))
-    nearer = (edits.gather(1, own[:, None]) > seconds.gather(1, own[:, None])).sum()
-    return loss, {"share_nearer": (nearer, torch.tensor(len(own), device=h.device))}  # edits that are nearer than the second view
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Whose edit (Table 3), and several at once
-
-
-def of_next(model: TrainingModel, h: Tensor, batch: tuple[Tensor, ...], V: int, room: Room, predict: Callable[..., Prediction], row: int) -> Prediction:
-    """The same with the edit of the next sentence beside h (row 1), or of h's own (row 0): rows of the batch take turns. Table 3: next 82.91 / 85.83, both 83.41 / 85.82."""
-    return predict(model, h, tuple(t[row::2] for t in batch), V, room)
+OBJECTIVES = {"masked": masked_loss, "corrected": corrected_loss}
+USES = {"difference": difference_loss, "positive": positive_loss, "negative": negative_loss}
+EDITS = {
+    "replace": [replace],
+    "insert": [insert],
+    "delete": [delete],
+    "all": [replace, insert, delete],  # Table 4, "combining all": 82.80 / 85.92
+}
+Text = Literal["sentences", "paragraphs"]
+Objective = Literal["replaced", "masked", "corrected"]
+Whose = Literal["same", "next", "both"]
+EditWith = Literal["replace", "insert", "delete", "all"]
+EditAs = Literal["difference", "positive", "negative"]
 
 
-def mean_of(model: TrainingModel, h: Tensor, batch: tuple[Tensor, ...], V: int, room: Room, predictions: list[Callable[..., Prediction]]) -> Prediction:
-    """The mean of the losses, so that lam means the same; counts together. Table 4, "combining all": 82.80 / 85.92."""
-    losses, counts = zip(*(predict(model, h, batch, V, room) for predict in predictions))
-    return sum(losses) / len(losses), {name: tuple(map(sum, zip(*(count[name] for count in counts)))) for name in counts[0]}
+@dataclass
+class AblationConfig(Config):
+    """Settings of an ablation."""
+
+    text: Text = "sentences"  # paragraphs: running text, with empty lines between documents
+    objective: Objective = "replaced"  # what D predicts; corrected: replaced and masked tokens
+    condition_on: Whose = "same"  # the sentence whose edit D reads beside h (next: of the text)
+    edit_with: EditWith = "replace"  # how a sentence is edited, at mask_ratio of its tokens
+    edit_as: EditAs = "difference"  # difference: D reads the edit; else the contrastive loss
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        edit = self.edit_with, self.edit_as
+        flags = "--objective, --condition-on, --edit-with and --edit-as"
+        for name, valid, expected in [
+            ("lam", self.lam > 0 or not self.is_ablation, f"larger than 0 with {flags}"),
+            (
+                "condition_on",
+                self.condition_on == "same" or self.text == "paragraphs",
+                "same without --text paragraphs, which provides next sentences",
+            ),
+            (
+                "objective",
+                self.objective == "replaced" or edit == ("replace", "difference"),
+                "replaced with --edit-with or --edit-as",
+            ),
+        ]:
+            if not valid:
+                raise UserError(f"{cli.flag(name)} is {getattr(self, name)}; it must be {expected}")
+
+    @property
+    def is_ablation(self) -> bool:
+        choices = self.objective, self.condition_on, self.edit_with, self.edit_as
+        return choices != ("replaced", "same", "replace", "difference")
+
+    @property
+    def max_edited_length(self) -> int:
+        """Tokens per edited sentence."""
+        inserted = math.ceil(self.mask_ratio * (self.max_length - 2))
+        return self.max_length + inserted * (insert in EDITS[self.edit_with])
 
 
-OBJECTIVES = {"masked": masked_tokens, "corrected": corrected_tokens}
-USES = {"difference": difference, "positive": positive, "negative": negative}
-EDITS = {"replace": [replace], "insert": [insert], "delete": [delete], "all": [replace, insert, delete]}
+@dataclass
+class BatchWithNext(Batch):
+    """A batch, and that of the next sentences, in the same order."""
+
+    following: Batch | None = None
 
 
-def pick(cfg: Config) -> Callable[..., Prediction]:
-    """What stands in the place of diffcse.difference_prediction."""
-    if cfg.objective in OBJECTIVES:
-        predictions = [OBJECTIVES[cfg.objective]]
-    else:
-        predictions = [partial(USES[cfg.edit_as], edit=edit) for edit in EDITS[cfg.edit_with]]
-    if cfg.condition_on != "same":
-        texts = [1] if cfg.condition_on == "next" else [0, 1]
-        predictions = [partial(of_next, predict=predict, row=row) for predict in predictions for row in texts]
-    return partial(mean_of, predictions=predictions)
+class AblationModel(DiffCSEModel):
+    """DiffCSEModel with another difference_loss, the heads that it needs, and running text."""
+
+    def __init__(
+        self,
+        cfg: AblationConfig,
+        tokenizer: Tokenizer,
+        encoder: Bert,
+        *models: nn.Module | None,  # generator, discriminator
+        mlm_head: MLMHead | None = None,
+    ):
+        super().__init__(cfg, tokenizer, encoder, *models)
+        self.mlm_head = mlm_head
+        if self.discriminator is not None:
+            D, edits = encoder.cfg.hidden_size, EDITS[cfg.edit_with]
+            heads = {edit.__name__: nn.Linear(D, 2) for edit in edits if edit is not replace}
+            self.heads = nn.ModuleDict(heads)
+            if cfg.objective == "masked" or replace not in edits:
+                self.head = None
+        if cfg.objective != "replaced":
+            self.losses = [OBJECTIVES[cfg.objective]]
+        else:
+            self.losses = [partial(USES[cfg.edit_as], edit=edit) for edit in EDITS[cfg.edit_with]]
+
+    @classmethod
+    def from_pretrained(cls, cfg: AblationConfig) -> "AblationModel":
+        """Only the models that the ablation needs are looked for and loaded."""
+        if not cfg.is_ablation:
+            return super().from_pretrained(cfg)
+        folder = hub.find_model(cfg.model)
+        tokenizer = Tokenizer(folder)
+        encoder = load_bert(folder, dropout=cfg.dropout)
+        tokenizer.check_fits(folder, encoder.cfg.vocab_size)
+        check_pooling(encoder, cfg.pooling)
+        generator = discriminator = mlm_head = None
+        if cfg.objective != "masked" and cfg.edit_with != "delete":
+            generator = load_generator(cfg, tokenizer)
+        for name, model in ((cfg.model, encoder), (cfg.generator, generator)):
+            if model is not None and cfg.max_edited_length > model.max_length:
+                raise UserError(
+                    f"--max-length is {cfg.max_length}, with inserted tokens "
+                    f"{cfg.max_edited_length}, but {name} has position embeddings for "
+                    f"{model.max_length} tokens"
+                )
+        if cfg.objective != "replaced":
+            mlm = load_bert(folder, mlm=True, dropout=cfg.dropout)
+            discriminator, mlm_head = mlm.bert, mlm.head
+        elif cfg.edit_as == "difference":
+            discriminator = load_bert(folder, dropout=cfg.dropout)
+        return cls(cfg, tokenizer, encoder, generator, discriminator, mlm_head=mlm_head)
+
+    def load_sentences(self) -> TokenizedSentences:
+        cfg = self.cfg
+        if cfg.text == "sentences":
+            return super().load_sentences()
+        path = hub.find_text(cfg.train_file, cfg.data)
+        reader, views = (
+            (read_running_text, 2) if cfg.condition_on == "same" else (read_with_next, 4)
+        )
+        return TokenizedSentences(path, self.tokenizer, cfg.max_length, reader=reader, views=views)
+
+    def forward(self, batch: Batch) -> Loss:
+        """With next sentences, rows alternate: a sentence, its next one, and both once more."""
+        if self.cfg.condition_on == "same":
+            return super().forward(batch)
+        own, following = (batch.take(slice(i, None, 2), 2) for i in (0, 1))
+        return super().forward(BatchWithNext(*own.tensors(), 2, own.width, following))
+
+    def difference_loss(self, h: Tensor, batch: Batch) -> Loss:
+        """The mean of the losses, so that lam keeps its meaning; counts are added.
+
+        With the next sentence's edit (Table 3): 82.91 / 85.83; with both 83.41 / 85.82.
+        """
+        batches = [] if self.cfg.condition_on == "next" else [batch]
+        if self.cfg.condition_on != "same":
+            batches.append(batch.following)
+        results = [loss(self, h, each) for loss in self.losses for each in batches]
+        losses, metrics = zip(*results)
+        names = metrics[0]
+        added = {name: tuple(map(sum, zip(*(m[name] for m in metrics)))) for name in names}
+        return sum(losses) / len(losses), added
 
 
-def discriminator(cfg: Config, folder: Path) -> tuple[Bert | None, Callable[[int], nn.Module] | None]:
-    """D and what makes its head from its size, each None where there is none. Raises: UserError for a model without a masked-LM head where that is D's."""
-    if cfg.edit_as != "difference":
-        return None, None
-    if cfg.objective == "replaced":
-        return load_bert(folder), lambda D: nn.ModuleDict({edit.__name__: nn.Linear(D, 2) for edit in EDITS[cfg.edit_with]})
-    mlm = load_bert(folder, mlm=True)
-    return mlm.bert, lambda D: mlm.head if cfg.objective == "masked" else nn.ModuleDict({"copy": nn.Linear(D, 2), "words": mlm.head})
+if __name__ == "__main__":
+    run_main(partial(main, AblationConfig, AblationModel))

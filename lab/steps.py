@@ -1,13 +1,15 @@
-"""One step of DiffCSE, twice: ours, and as one would write it on transformers; and how many products either makes by the book.
+"""One training step, twice: ours, and as a careful engineer writes it on transformers.
 
-lab/bench.py times them. The switches are the same on both sides, and so are sizes, words and batches; that both have the same
-loss and gradients is what tests/test_step.py says of a third copy, which is written to be plain. Weights are random.
+lab/bench.py times both. Settings, sizes, vocabulary, batches, optimizer and update are the same;
+weights are random. The peer's loss equals ours (tests/test_bench.py).
 """
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
-from itertools import islice
+import random
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,144 +19,250 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-import diffcse
-import fast
-from bert import Bert, BertConfig, BertForMaskedLM, Grid
-from config import parse_field
-from data import TokenizedSentences, Tokenizer, find_model, mask_tokens, read_lines, shuffled
-from lab.reproduce import TABLE_1
+from bert import DISTILBERT_CONFIG, Bert, BertConfig, BertForMaskedLM
+from data import Batch, Tokenizer, mask_tokens
+from diffcse import Config, DiffCSEModel, make_optimizer, train_step
+from engine.fast import FastCPU, accelerate
+from engine.hub import find_model
+from engine.run import Metrics
+from engine.tokens import TokenizedSentences
 
-WORDS = 30_522  # bert-base's vocabulary
-
-
-def shape(layers: int, D: int, heads: int, family: str = "bert") -> BertConfig:
-    return BertConfig(family, WORDS, D, layers, heads, 4 * D)
+VOCAB_SIZE = 30_522  # bert-base's
 
 
-SIZES = {  # encoder and discriminator; generator
-    "mini": (shape(4, 256, 4), shape(4, 256, 4)),
-    "minilm": (shape(6, 384, 12), shape(6, 384, 12)),
-    "base": (shape(12, 768, 12), shape(6, 768, 12, "distilbert")),
+def bert_config(layers: int, D: int, heads: int, family: str = "bert") -> BertConfig:
+    return BertConfig(family, VOCAB_SIZE, D, layers, heads, 4 * D)
+
+
+SIZES = {  # (encoder and discriminator, generator)
+    "mini": (bert_config(4, 256, 4), bert_config(4, 256, 4)),
+    "minilm": (bert_config(6, 384, 12), bert_config(6, 384, 12)),
+    "base": (bert_config(12, 768, 12), bert_config(6, 768, 12, "distilbert")),
 }
-Sizes = tuple[BertConfig, BertConfig]
-PAPER = TABLE_1[-1].flags | {"mask": "all", "views": "first", "protect_sep": "on"}  # and GUIDE's other switches, but for the sum, which costs the same
-READINGS = {"published": diffcse.Config(), "paper": diffcse.Config(**{name: parse_field(name, value) for name, value in PAPER.items()})}
-
-
-def flops(encoder: BertConfig, generator: BertConfig, cfg: diffcse.Config, R: int, T: int) -> int:
-    """Multiplications and additions of the products in a textbook step of R rows of T tokens, padding included; backward is twice forward.
-
-    Ours makes fewer than are counted here: none of padding, of last layers that nobody asks for, of logits that nobody reads.
-    So its share of the machine's peak by this count is the useful work's, as of the other side, and not how busy the machine is.
-    """
-
-    def forward(bert: BertConfig, rows: int) -> int:
-        D = bert.hidden_size
-        linear = 4 * D * D + 2 * D * bert.intermediate_size  # parameters of a layer
-        return bert.num_hidden_layers * rows * T * (2 * linear + 4 * T * D)  # 4TD: a token's scores, and what it reads by them
-
-    D, edited = encoder.hidden_size, R if cfg.views == "both" else R // 2
-    projector = 2 * R * 4 * D * D
-    contrastive = 2 * (R // 2) ** 2 * D
-    discriminator = forward(encoder, edited) + edited * T * 2 * 2 * D
-    guesses = forward(generator, edited) + edited * T * 2 * (D * D + D * generator.vocab_size)
-    return 3 * (forward(encoder, R) + projector + contrastive + discriminator) + guesses
+READINGS = {
+    "published": Config(),
+    "paper": Config(
+        masking="all",
+        edit="sample",
+        edit_scope="masked",
+        generator_dropout=False,
+        protect_sep=True,
+        views="first",
+        pads_in_loss=False,
+    ),
+}
+AMPS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def whole_vocabulary() -> Tokenizer:
-    """The small BERT's tokenizer with words of no text up to bert-base's number, so that as many logits are computed."""
+    """The small BERT's tokenizer with unused words up to bert-base's number."""
     tokenizer = Tokenizer(find_model("assets/small-bert"))
-    raw = json.loads(tokenizer.backend.to_str())
-    raw["model"]["vocab"] |= {f"[unused{i}]": i for i in range(tokenizer.vocab_size, WORDS)}
-    tokenizer.backend, tokenizer.vocab_size = tokenizers.Tokenizer.from_str(json.dumps(raw)), WORDS
+    backend = json.loads(tokenizer.backend.to_str())
+    unused = range(tokenizer.vocab_size, VOCAB_SIZE)
+    backend["model"]["vocab"] |= {f"[unused{i}]": i for i in unused}
+    tokenizer.backend = tokenizers.Tokenizer.from_str(json.dumps(backend))
+    tokenizer.vocab_size = VOCAB_SIZE
     return tokenizer
 
 
-def batches(text: str, cfg: diffcse.Config, tokenizer: Tokenizer, device: torch.device) -> Iterator[tuple[tuple[Tensor, ...], diffcse.Room]]:
-    """Batches of the text's first sentences, masked, without end, and their room. Shapes: x (R, T), mask, x_masked, selected likewise."""
-    lines = islice((line for line in read_lines(Path(text)) if line.strip()), 20_000)
-    sentences, random = TokenizedSentences(((line,) for line in lines), tokenizer, cfg.max_length), torch.Generator().manual_seed(0)
-    for start in itertools.count(0, cfg.batch_size):
-        x, mask = sentences.batch(shuffled(np.arange(start, start + cfg.batch_size) % len(sentences), len(sentences), 0, 0))
-        batch = (x, mask, *mask_tokens(x, tokenizer, cfg.mask_ratio, cfg.mask, random))
-        room = diffcse.padded_room(cfg, tokenizer, batch, 2, cfg.batch_size) if device.type == "cuda" else diffcse.Room()
-        yield tuple(t.to(device) for t in batch), room
+def make_batches(lines: list[str], cfg: Config, tokenizer: Tokenizer, count: int) -> list[Batch]:
+    """Batches of random lines, masked."""
+    B, rng = cfg.batch_size, torch.Generator().manual_seed(0)
+    chosen = random.Random(0).choices(lines, k=count * B)
+    sentences = TokenizedSentences(((line,) for line in chosen), tokenizer, cfg.max_length)
+    batches = []
+    for i in range(count):
+        x, mask = sentences.rows(np.arange(i * B, (i + 1) * B))
+        batches.append(Batch(x, mask, *mask_tokens(x, tokenizer, cfg.mask_ratio, cfg.masking, rng)))
+    return batches
 
 
-def ours(sizes: Sizes, cfg: diffcse.Config, tokenizer: Tokenizer, device: torch.device, amp: torch.dtype | None, compiled: bool = False) -> Callable:
-    """A function that makes a step of a batch and its room; random weights, all else as in diffcse.fit."""
-    encoder, generator = sizes
-    model = diffcse.TrainingModel(cfg, Bert(encoder), tokenizer, BertForMaskedLM(generator), Bert(encoder)).to(device).train()
-    return diffcse.stepper(model, 2, amp, compiled)[2]
+# ------------------------------------------------------------------------------------------------
+# The peer
 
 
-def padded(self: Bert, ids: Tensor, mask=None, cls_vector=None, all_layers=False, tokens=None, wanted=None) -> Tensor:
-    """Bert.forward that computes padding too."""
-    x = FORWARD(self, ids, mask, cls_vector, all_layers, None, wanted)
-    return x if tokens is None or wanted is not None else x.flatten(0, 1)[tokens]
+class Peer(nn.Module):
+    """DiffCSE on transformers' modules, with the paper at hand and an eye on speed.
+
+    The vocabulary product is computed at edited positions alone, 256 at a time.
+    """
+
+    def __init__(
+        self, cfg: Config, tokenizer: Tokenizer, encoder: BertConfig, generator: BertConfig
+    ):
+        super().__init__()
+        import transformers
+
+        self.cfg, self.sep_id, D = cfg, tokenizer.sep_id, encoder.hidden_size
+        config = hf_config(encoder)
+        self.encoder = transformers.AutoModel.from_config(config, add_pooling_layer=False)
+        self.discriminator = transformers.AutoModel.from_config(config, add_pooling_layer=False)
+        self.generator = transformers.AutoModelForMaskedLM.from_config(hf_config(generator))
+        self.generator.requires_grad_(False)
+        self.projector = nn.Sequential(
+            nn.Linear(D, 2 * D, bias=False),
+            nn.BatchNorm1d(2 * D),
+            nn.ReLU(),
+            nn.Linear(2 * D, D, bias=False),
+            nn.BatchNorm1d(D, affine=False),
+        )
+        self.head = nn.Linear(D, 2)
+        self.h: Tensor | None = None
+        self.discriminator.embeddings.register_forward_hook(self.replace_cls)
+
+    def replace_cls(self, module: nn.Module, inputs: tuple, states: Tensor) -> Tensor:
+        return torch.cat([self.h[:, None].to(states.dtype), states[:, 1:]], dim=1)
+
+    def train(self, mode: bool = True) -> "Peer":
+        super().train(mode)
+        self.generator.train(mode and self.cfg.generator_dropout)
+        return self
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        cfg, (x, mask, x_masked, selected) = self.cfg, batch.tensors()
+        cls = self.encoder(input_ids=x, attention_mask=mask.long()).last_hidden_state[:, 0]
+        self.h = self.projector(cls)
+        z1, z2 = F.normalize(self.h.float().unflatten(0, (-1, 2)), dim=-1).unbind(1)  # (B, D)
+        contrastive = F.cross_entropy(
+            z1 @ z2.T / cfg.temperature, torch.arange(len(z1), device=x.device)
+        )
+        if cfg.views == "first":
+            x, mask, x_masked, selected = (t[::2] for t in (x, mask, x_masked, selected))
+            self.h = self.h[::2]
+        edited = self.edit(x, mask, x_masked, selected)
+        labels = ((edited != x) & mask).long()
+        if not cfg.pads_in_loss:
+            labels = labels.masked_fill(~mask, -100)
+        states = self.discriminator(input_ids=edited, attention_mask=mask.long()).last_hidden_state
+        difference = F.cross_entropy(self.head(states).float().flatten(0, 1), labels.flatten())
+        loss = contrastive + cfg.lam * difference
+        return loss, {"loss": (loss.detach(), 1)}
+
+    @torch.no_grad()
+    def edit(self, x: Tensor, mask: Tensor, x_masked: Tensor, selected: Tensor) -> Tensor:
+        """Shapes: (R, T) -> (R, T) ids."""
+        cfg = self.cfg
+        editable = (mask if cfg.edit_scope == "all" else selected).clone()
+        editable[:, 0] = False
+        if cfg.protect_sep:
+            editable &= x != self.sep_id
+        model = self.generator.base_model(input_ids=x_masked, attention_mask=mask.long())
+        predicted = []
+        for states in model.last_hidden_state[editable].split(256):  # (n, D)
+            logits = self.vocabulary_logits(states)
+            if cfg.edit == "argmax":
+                predicted.append(logits.argmax(-1))
+            else:
+                predicted.append(torch.multinomial(logits.float().softmax(-1), 1).squeeze(1))
+        edited = x.clone()
+        edited[editable] = torch.cat(predicted)
+        return edited * mask
+
+    def vocabulary_logits(self, states: Tensor) -> Tensor:
+        """Shapes: (n, D) -> (n, W)."""
+        generator = self.generator
+        if hasattr(generator, "cls"):  # BERT
+            return generator.cls(states)
+        states = generator.activation(generator.vocab_transform(states))
+        return generator.vocab_projector(generator.vocab_layer_norm(states))
 
 
-def whole_last_layer(self: Bert, ids: Tensor, mask=None, cls_vector=None, all_layers=False, tokens=None, wanted=None) -> Tensor:
-    """Bert.forward that computes its last layer for every token."""
-    x = FORWARD(self, ids, mask, cls_vector, all_layers, tokens, None)
-    return x if wanted is None else Grid(*ids.shape, mask, tokens, None).spread(x.flatten(0, -2), tokens).flatten(0, 1)[wanted]
-
-
-FORWARD, LINEAR, ADAMW = Bert.forward, fast.linear, torch.optim.AdamW
-WITHOUT = {  # what makes a step fast on a CPU: how to do without it
-    "padding left out": (Bert, "forward", padded),
-    "last layers where they are read": (Bert, "forward", whole_last_layer),
-    "oneDNN's products": (fast, "has_onednn", lambda: False),
-    "dropout by 16 bits": (fast, "dropout", F.dropout),
-    "logits of 256 tokens at a time": (fast, "ROWS", 1 << 30),
-    "GELU computed twice": (fast, "linear", lambda x, weight, bias, gelu=False: LINEAR(F.gelu(x) if gelu else x, weight, bias)),
-    "AdamW and clipping in one pass": (torch.optim, "AdamW", lambda *args, **settings: ADAMW(*args, **settings | {"fused": False})),
-}  # fmt: skip
-
-
-def theirs(sizes: Sizes, cfg: diffcse.Config, tokenizer: Tokenizer, device: torch.device, amp: torch.dtype | None) -> Callable:
-    """The same on transformers' modules and PyTorch's, as one would write it with the paper at hand, with the same switches."""
+def hf_config(cfg: BertConfig):
     import transformers
 
-    encoder, generator = (transformers.AutoConfig.for_model(**size.to_dict()) for size in sizes)
-    D = encoder.hidden_size
-    f, d = (transformers.AutoModel.from_config(encoder, add_pooling_layer=False).to(device).train() for _ in range(2))
-    g = transformers.AutoModelForMaskedLM.from_config(generator).to(device).train(cfg.generator_dropout).requires_grad_(False)
-    projector = nn.Sequential(nn.Linear(D, 2 * D, bias=False), nn.BatchNorm1d(2 * D), nn.ReLU(),
-                              nn.Linear(2 * D, D, bias=False), nn.BatchNorm1d(D, affine=False)).to(device)  # fmt: skip
-    head = nn.Linear(D, 2).to(device)
-    parameters = [p for module in (f, d, projector, head) for p in module.parameters()]
-    optimizer, scaler = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.0), torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    h = None  # of the step, for the hook
-    d.embeddings.register_forward_hook(lambda module, inputs, out: torch.cat([h[:, None], out[:, 1:]], 1))
+    settings = asdict(cfg) | {"hidden_act": "gelu"}
+    if cfg.model_type == "distilbert":
+        settings |= {theirs: settings[ours] for theirs, ours in DISTILBERT_CONFIG.items()}
+    return transformers.AutoConfig.for_model(**settings)
 
-    def loss(x: Tensor, mask: Tensor, x_masked: Tensor, selected: Tensor) -> Tensor:
-        nonlocal h
-        h = projector(f(input_ids=x, attention_mask=mask.long()).last_hidden_state[:, 0])
-        u, v = F.normalize(h.view(-1, 2, D), dim=-1).unbind(1)
-        contrastive = F.cross_entropy(u @ v.T / cfg.temperature, torch.arange(len(u), device=device))
-        if cfg.views == "first":
-            x, mask, x_masked, selected, h = x[::2], mask[::2], x_masked[::2], selected[::2], h[::2]
-        with torch.no_grad():
-            logits = g(input_ids=x_masked, attention_mask=mask.long()).logits
-            edited = logits.argmax(-1) if cfg.edit == "argmax" else torch.multinomial(logits.float().softmax(-1).flatten(0, 1), 1).view_as(x)
-            edited = torch.where(selected, edited, x) if cfg.edit_scope == "masked" else edited
-            edited = torch.where(x == tokenizer.sep, x, edited) if cfg.protect_sep else edited
-            edited[:, 0] = tokenizer.cls
-            edited = edited * mask
-            labels = ((edited != x) & mask).long()
-            labels = labels if cfg.pads_in_loss else labels.masked_fill(~mask, -100)
-        said = head(d(input_ids=edited, attention_mask=mask.long()).last_hidden_state)
-        return contrastive + cfg.lam * F.cross_entropy(said.flatten(0, 1), labels.flatten())
 
-    def step(batch: tuple[Tensor, ...], room: diffcse.Room) -> None:
-        with torch.autocast(device.type, dtype=amp or torch.bfloat16, enabled=amp is not None):
-            value = loss(*batch)
-        optimizer.zero_grad()
-        scaler.scale(value).backward()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(parameters, cfg.clip)
-        scaler.step(optimizer)
-        scaler.update()
+# ------------------------------------------------------------------------------------------------
+# Operations of engine/fast.py, one by one, and a candidate
 
-    return step
+
+class OneDNNLinear(torch.autograd.Function):
+    """F.linear in fp32 by oneDNN. On some CPUs it is faster than MKL, which PyTorch uses."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), rows = ctx.saved_tensors, grad.flatten(0, -2)  # (n, out)
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], "")
+        if ctx.needs_input_grad[1]:
+            grad_weight = rows.t() @ x.flatten(0, -2)  # MKL is as fast here
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0)
+        return grad_x, grad_weight, grad_bias
+
+
+class Operations(FastCPU):
+    """FastCPU without one function, or with oneDNN's linear as well."""
+
+    def __init__(self, without: Callable | None = None, linear: bool = False):
+        super().__init__()
+        self.without, self.linear = without, linear
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is self.without:
+            return func(*args, **(kwargs or {}))
+        if func is F.linear and self.linear and not torch.is_autocast_enabled("cpu"):
+            return OneDNNLinear.apply(*args)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+OPERATIONS: dict[str, Callable] = {
+    "all": Operations,
+    "without dropout": partial(Operations, without=F.dropout),
+    "without attention": partial(Operations, without=F.scaled_dot_product_attention),
+    "with oneDNN linear": partial(Operations, linear=True),
+}
+
+
+def inside(mode: Callable, step: Callable) -> Callable:
+    def step_in_mode(batch: Batch) -> Metrics:
+        with mode():
+            return step(batch)
+
+    return step_in_mode
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def make_step(
+    side: str, size: str, reading: str, amp: str, device: str = "cpu"
+) -> Callable[[Batch], Metrics]:
+    """side: transformers, fast on, fast off, compiled, or one of OPERATIONS."""
+    cfg, (encoder, generator) = READINGS[reading], SIZES[size]
+    tokenizer = whole_vocabulary()
+    torch.manual_seed(0)
+    if side == "transformers":
+        model = Peer(cfg, tokenizer, encoder, generator)
+    else:
+        parts = Bert(encoder), BertForMaskedLM(generator), Bert(encoder)
+        model = DiffCSEModel(cfg, tokenizer, *parts)
+    model.to(device).train()
+    scaler = torch.amp.GradScaler(device, enabled=amp == "fp16")
+    step = partial(train_step, model, make_optimizer(model), scaler, AMPS[amp])
+    if side in OPERATIONS:
+        return inside(OPERATIONS[side], step)
+    return accelerate(step, model, side == "fast on", side == "compiled")
+
+
+def step_side(
+    side: str, size: str, reading: str, amp: str, device: str, batches: str
+) -> Callable[[], Tensor]:
+    """The work of one step (lab/worker.py). batches: a file of tuples of tensors."""
+    cfg, step = READINGS[reading], make_step(side, size, reading, amp, device)
+    drawn = [Batch(*tensors) for tensors in torch.load(batches)]
+    if device == "cuda" and side != "transformers":  # as in training
+        pad_id = whole_vocabulary().pad_id
+        drawn = [batch.pad(cfg.max_length, pad_id) for batch in drawn]
+    draw = itertools.cycle([batch.to(torch.device(device)) for batch in drawn])
+    return lambda: step(next(draw))["loss"][0]

@@ -1,4 +1,4 @@
-"""Tests never reach for the network: what is not in the repository or an installed package is skipped with a reason."""
+"""Tests need no network: what is missing on a machine is skipped with a reason."""
 
 import os
 import random
@@ -29,15 +29,26 @@ def senteval() -> Path:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory) -> Path:
-    """All STS sets at their published sizes, made of 40 sentences, so that a model is through with them at once."""
+    """All STS sets at their published sizes, made of 40 sentences, so that encoding is quick."""
     import eval_sts
 
     root, rng = tmp_path_factory.mktemp("senteval"), random.Random(4)
-    sentences = [" ".join(rng.choices("a the man cat dog plays eats guitar fish red in on".split(), k=rng.randrange(3, 9))) for _ in range(40)]
+    sentences = [
+        " ".join(
+            rng.choices(
+                "a the man cat dog plays eats guitar fish red in on".split(), k=rng.randrange(3, 9)
+            )
+        )
+        for _ in range(40)
+    ]
 
     def pair() -> tuple[str, str, str]:
         a, b = rng.choices(sentences, k=2)
-        return a, b, f"{len({*a.split()} & {*b.split()}) + rng.random():.1f}"  # a score that means something
+        return (
+            a,
+            b,
+            f"{len({*a.split()} & {*b.split()}) + rng.random():.1f}",
+        )  # a score that means something
 
     def write(path: str, lines: list[str]) -> None:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +62,118 @@ def made(tmp_path_factory) -> Path:
     for name, (path, count) in eval_sts.FILES.items():
         rows = [pair() for _ in range(count)]
         if name.startswith("STSB"):
-            write(path, [f"genre\tfile\tyear\t{i}\t{s}\t{a}\t{b}" for i, (a, b, s) in enumerate(rows)])
+            write(
+                path, [f"genre\tfile\tyear\t{i}\t{s}\t{a}\t{b}" for i, (a, b, s) in enumerate(rows)]
+            )
         else:
-            write(path, ["header", *(f"{i}\t{a}\t{b}\t{s}\tNEUTRAL" for i, (a, b, s) in enumerate(rows))])
+            write(
+                path,
+                ["header", *(f"{i}\t{a}\t{b}\t{s}\tNEUTRAL" for i, (a, b, s) in enumerate(rows))],
+            )
     return root
+
+
+# ------------------------------------------------------------------------------------------------
+# A tiny model, and runs on it
+
+SPECIAL_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS = "the a dog cat house tree runs sleeps eats big small red blue and in on . ,".split()
+VOCABULARY = SPECIAL_WORDS + WORDS
+
+
+def random_sentences(count: int, seed: int, min_words: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(min_words, 12))) for _ in range(count)]
+
+
+def make_model(folder: Path, vocab_size: int = len(VOCABULARY)):
+    """A masked LM of 2 layers of 16, saved with its vocab.txt."""
+    import torch
+
+    import bert
+
+    torch.manual_seed(0)
+    cfg = bert.BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=40,
+        initializer_range=0.2,
+    )
+    model = bert.BertForMaskedLM(cfg)
+    bert.save_bert(model, folder)
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY))
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """make_model's folder, and 33 sentences in text.txt: two batches of 16, and one of 1."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_model(folder)
+    (folder / "text.txt").write_text("".join(s + "\n" for s in random_sentences(33, 1)))
+    return folder
+
+
+def write_small_senteval(folder: Path, monkeypatch) -> None:
+    """A SentEval folder in which each set has 8 pairs."""
+    import eval_sts
+
+    monkeypatch.setattr(eval_sts, "YEARS", {year: {"one": 8} for year in eval_sts.YEARS})
+    files = {name: (path, 8) for name, (path, _) in eval_sts.FILES.items()}
+    monkeypatch.setattr(eval_sts, "FILES", files)
+    lines = {}
+    for year in eval_sts.YEARS:
+        lines[f"STS/{year}-en-test/STS.input.one.txt"] = "{a}\t{b}\n"
+        lines[f"STS/{year}-en-test/STS.gs.one.txt"] = "{score}\n"
+    for name, (path, _) in files.items():
+        is_stsb = name.startswith("STSB")
+        lines[path] = "g\tf\ty\t1\t{score}\t{a}\t{b}\n" if is_stsb else "1\t{a}\t{b}\t{score}\n"
+    for i, (path, line) in enumerate(lines.items()):
+        scores = random.Random(i).sample(range(50), 8)
+        pairs = zip(random_sentences(8, 10 + i, 1), random_sentences(8, 50 + i, 1), scores)
+        text = "".join(line.format(a=a, b=b, score=score / 10) for a, b, score in pairs)
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text("header\n" * path.startswith("SICK") + text)
+
+
+@pytest.fixture
+def train_tiny(tiny, tmp_path, monkeypatch):
+    """train_tiny(**changes): a run of 5 steps in tmp_path/"out"."""
+    import diffcse
+
+    write_small_senteval(tmp_path / "senteval", monkeypatch)
+
+    def train(**changes) -> dict:
+        settings = {
+            "model": str(tiny),
+            "generator": str(tiny),
+            "train_file": str(tiny / "text.txt"),
+            "data": str(tmp_path / "senteval"),
+            "batch_size": 16,
+            "steps": 5,
+            "eval_every": 2,
+            "log_every": 1,
+            "lr": 1e-2,
+            "out_dir": str(tmp_path / "out"),
+            "lam": 0.05,
+            "device": "cpu",
+            "amp": "off",
+        }
+        return diffcse.train(diffcse.Config(**settings | changes))
+
+    return train
+
+
+def read_log(folder: Path) -> list[dict]:
+    """log.jsonl without times. NaN is not JSON."""
+    import json
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]

@@ -1,12 +1,13 @@
-"""The ablations: worked by hand, written a second time on transformers' modules, their edits beside difflib's; their flags; two ranks."""
+"""lab/ablations.py: by hand; beside a second implementation on transformers' modules; insertions
+and deletions beside difflib; flags; two processes."""
 
 import copy
 import difflib
 import itertools
+import json
 import math
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,825 +17,946 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn as nn
 import torch.nn.functional as F
-
-from test_step import Words, random_model
-from test_step import their_step as step_of_the_paper
+import transformers
 
 import bert
 import diffcse
-import ranks
-from diffcse import Room, UserError
+from data import Batch
+from engine import cli, distributed
+from engine.errors import UserError
+from engine.run import Run
 from lab import ablations
+from lab.ablations import AblationConfig, AblationModel, delete, insert
 
 ROOT = Path(__file__).parent.parent
-
-# ----------------------------------------------------------------------------------------------------------------
-# By hand: two numbers are a vector. h is that of a sentence's first word; D's state is (0, A[word]) + h, and h itself at [CLS]
-
-A = [0.1, 9.0, 9.0, 0.5, -0.25, 9.0, 1.0, -1.0, 0.75, -2.0, 1.5, 0.25]  # of the ids 0 to 11, of which words are those from 6
-C = [(5, 5), (5, 5), (5, 5), (5, 5), (5, 5), (5, 5), (0.3, -0.4), (0.0, 2.0), (0.8, 0.6), (1.0, 0.0), (0.28, 0.96), (-0.96, 0.28)]
-H0, H1 = 0.3, -0.4  # h of a sentence that begins with the word 6
+SMALL_BERT = str(ROOT / "assets" / "small-bert")
 
 
-class Few(Words):
-    vocab_size = 12
+class Words:
+    """A tokenizer's ids. They are not BERT's, so a hard-coded id is noticed."""
+
+    pad_id, cls_id, sep_id, mask_id, unk_id, vocab_size = 1, 2, 3, 4, 5, 60
+    special_ids = [1, 2, 3, 4, 5]
+
+
+# ------------------------------------------------------------------------------------------------
+# By hand, with D = 2. h is the vector C of a sentence's first word. The discriminator's state is
+# (0, A[word]) + h, and h itself at position 0. Words are the ids from 6.
+
+A = [0.1, 9.0, 9.0, 0.5, -0.25, 9.0, 1.0, -1.0, 0.75, -2.0, 1.5, 0.25]
+C = [(5, 5)] * 6 + [(0.3, -0.4), (0.0, 2.0), (0.8, 0.6), (1.0, 0.0), (0.28, 0.96), (-0.96, 0.28)]
+H0, H1 = C[6]
+EMBEDDINGS = "encoder.embeddings.word.weight"
 
 
 class Table(nn.Module):
-    """In an encoder's place: the words' vectors, and what it has read. At [CLS] is that of the first word, or h, which is then added everywhere."""
+    """In place of a Bert. `read` records the rows that it has read."""
 
     cfg = SimpleNamespace(hidden_size=2, initializer_range=0.02)
 
     def __init__(self, vectors):
         super().__init__()
         self.embeddings, self.read = nn.Module(), []
-        self.embeddings.word = nn.Embedding.from_pretrained(torch.tensor(vectors, dtype=torch.float64), freeze=False)
+        vectors = torch.tensor(vectors, dtype=torch.float64)
+        self.embeddings.word = nn.Embedding.from_pretrained(vectors, freeze=False)
 
-    def forward(self, ids, mask, cls_vector=None, tokens=None, wanted=None):
-        self.read.append([row[: sum(real)] for row, real in zip(ids.tolist(), mask.tolist())])
+    def forward(self, ids, mask, cls_vector=None, cls_only=False):
+        self.read.append([row[m].tolist() for row, m in zip(ids, mask)])
         states = self.embeddings.word(ids)  # (R, T, 2)
         first = states[:, 1] if cls_vector is None else cls_vector
-        states = torch.cat([first[:, None], states[:, 1:] + (0 if cls_vector is None else cls_vector[:, None])], 1)
-        listed = tokens if wanted is None else wanted
-        return states if listed is None else states.flatten(0, 1)[listed]
+        rest = states[:, 1:] + (0 if cls_vector is None else cls_vector[:, None])
+        states = torch.cat([first[:, None], rest], 1)
+        return states[:, :1] if cls_only else states
 
 
 class Filler(nn.Module):
-    """In the generator's place: these words, one after the other."""
+    """In place of the generator: predicts these words, one after the other."""
 
     def __init__(self, words):
         super().__init__()
         self.words, self.read = words, []
 
-    def fill(self, ids, mask, tokens, wanted, vocabulary, temperature):
-        assert vocabulary == Few.vocab_size and len(wanted) == len(self.words)
-        self.read.append([row[: sum(real)] for row, real in zip(ids.tolist(), mask.tolist())])
-        return torch.tensor(self.words, dtype=torch.int64)
+    def predict_tokens(self, ids, mask, positions, temperature=None):
+        self.read.append([row[m].tolist() for row, m in zip(ids, mask)])
+        assert int(positions.sum()) == len(self.words)
+        return ids.masked_scatter(positions, torch.tensor(self.words, dtype=torch.int64))
 
 
-class TimesWords(nn.Module):
-    """In the place of a masked-LM head."""
+class TiedHead(nn.Module):
+    """In place of a masked-LM head."""
 
-    def forward(self, states, words):
-        return states @ words.T
+    def forward(self, states, word_embeddings):
+        return states @ word_embeddings.T
 
 
-def same(bias: bool = True) -> nn.Linear:
-    """A layer that changes nothing yet."""
+def identity(bias: bool = True) -> nn.Linear:
     linear = nn.Linear(2, 2, bias).double()
-    linear.load_state_dict({"weight": torch.eye(2), "bias": torch.zeros(2)} if bias else {"weight": torch.eye(2)})
+    parameters = {"weight": torch.eye(2), "bias": torch.zeros(2)}
+    linear.load_state_dict({name: parameters[name] for name in linear.state_dict()})
     return linear
 
 
-def by_hand(rows, fill, masked=None, selected=None, head=None, V=2, **changes):
-    """The step of these rows, two views of each sentence; by default an edit of the first view alone, and lam 1. -> model, its sums, its loss after backward."""
-    cfg = diffcse.Config(**{"lam": 1.0, "views": "first", "edit_scope": "masked", "temperature": 0.5} | changes)
+def by_hand(rows, words, masked=None, selected=None, V=2, **changes):
+    """The model after one step's backward pass, with .loss, .metrics, .grads, and .trained: the
+    words whose vector in the encoder has a gradient. The first views are edited, and lam is 1."""
+    defaults = {"lam": 1.0, "views": "first", "edit_scope": "masked", "temperature": 0.5}
+    if changes.get("condition_on", "same") != "same":
+        defaults["text"] = "paragraphs"
+    cfg = AblationConfig(**defaults | changes)
     width = max(map(len, rows))
-    x, x_masked = (torch.tensor([row + [Words.pad] * (width - len(row)) for row in these]) for these in (rows, masked or rows))
-    selected = x_masked == Words.mask if selected is None else torch.tensor(selected)
-    D = Table([(0, a) for a in A]) if cfg.edit_as == "difference" else None
-    model = diffcse.TrainingModel(cfg, Table(C), Few, Filler(fill) if fill is not None else None, D, lambda _: head or same())
-    model.projector = same(bias=False)
-    model.loss, model.sums = model(x, x != Words.pad, x_masked, selected, V)
-    model.loss.backward()
-    model.grads = {name: p.grad.tolist() for name, p in model.named_parameters() if p.grad is not None}
-    model.taught = {i for i, g in enumerate(model.grads["encoder.embeddings.word.weight"]) if any(abs(v) > 1e-12 for v in g)}  # words whose vector f learns
+    x, x_masked = (
+        torch.tensor([row + [Words.pad_id] * (width - len(row)) for row in texts])
+        for texts in (rows, masked or rows)
+    )
+    selected = x_masked == Words.mask_id if selected is None else torch.tensor(selected).bool()
+    discriminator = Table([(0, a) for a in A]) if cfg.edit_as == "difference" else None
+    generator = None if words is None else Filler(words)
+    model = AblationModel(cfg, Words, Table(C), generator, discriminator, mlm_head=TiedHead())
+    model.projector = identity(bias=False)
+    if discriminator:
+        model.head = model.head and identity()
+        model.heads = nn.ModuleDict({name: identity() for name in model.heads})
+    loss, model.metrics = model(Batch(x, x != Words.pad_id, x_masked, selected, V))
+    loss.backward()
+    model.loss = loss.detach()
+    model.grads = {n: p.grad.tolist() for n, p in model.named_parameters() if p.grad is not None}
+    rows_with_grad = enumerate(model.grads[EMBEDDINGS])
+    model.trained = {i for i, grad in rows_with_grad if max(map(abs, grad)) > 1e-12}
     return model
 
 
-def softplus(s: float) -> float:
-    return math.log(1 + math.exp(s))
+def softplus(x: float) -> float:
+    return math.log(1 + math.exp(x))
 
 
-def sigmoid(s: float) -> float:
-    return 1 / (1 + math.exp(-s))
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
 
 
-def told_apart(ids: list[int], changed: list[int], h0: float = H0, h1: float = H1) -> tuple[float, float]:
-    """The loss of "changed or not" at these ids of x'', the first of which is [CLS], and how it grows with h1 (with h0 it falls)."""
-    surer = [(0 if t == 0 else A[word]) + h1 - h0 for t, word in enumerate(ids)]  # of changed than of kept
-    losses = [softplus(-s) if c else softplus(s) for s, c in zip(surer, changed)]
-    return sum(losses) / len(ids), sum(sigmoid(s) - c for s, c in zip(surer, changed)) / len(ids)
+def detection(ids: list[int], changed: list[int]) -> tuple[float, float]:
+    """The loss of "changed or not" at these ids of x'', and its derivative by h[1]. That by h[0]
+    is its negative."""
+    logits = [(A[i] if t else 0) + H1 - H0 for t, i in enumerate(ids)]
+    losses = [softplus(-s) if c else softplus(s) for s, c in zip(logits, changed)]
+    slopes = [sigmoid(s) - c for s, c in zip(logits, changed)]
+    return sum(losses) / len(ids), sum(slopes) / len(ids)
 
 
-def chances(s: float) -> list[float]:
-    """Of every word where the head gives it s times its A."""
-    return [math.exp(s * a) / sum(math.exp(s * b) for b in A) for a in A]
+def word_probabilities(state: float) -> list[float]:
+    return [math.exp(state * a) / sum(math.exp(state * b) for b in A) for a in A]
 
 
-def near(got, want) -> None:
-    """Equal numbers, or lists of them."""
-    got = [t.item() if isinstance(t, torch.Tensor) else t for t in got] if isinstance(got, list) else got
-    got, want = (torch.as_tensor(t, dtype=torch.float64).detach() for t in (got, want))
+def assert_near(got, want) -> None:
+    got, want = (torch.as_tensor(v, dtype=torch.float64) for v in (got, want))
     assert torch.allclose(got, want, rtol=1e-9, atol=1e-14), (got, want)
 
 
-def h_learns(model, grad: float, word: int = 6) -> None:
-    """The gradient of that sentence's h is (-grad, grad), and reaches projector and encoder."""
-    near(model.grads["encoder.embeddings.word.weight"][word], [-grad, grad])
-    near(model.grads["projector.weight"], [[-grad * C[word][0], -grad * C[word][1]], [grad * C[word][0], grad * C[word][1]]])
+def assert_counts(model, **expected: tuple[int, int]) -> None:
+    for name, counts in expected.items():
+        assert tuple(map(int, model.metrics[name])) == counts, name
+
+
+def assert_h_grad(model, grad: float) -> None:
+    """The gradient of the first h is (-grad, grad), and reaches projector and encoder."""
+    assert_near(model.grads[EMBEDDINGS][6], [-grad, grad])
+    row = [grad * c for c in C[6]]
+    assert_near(model.grads["projector.weight"], [[-g for g in row], row])
 
 
 @pytest.mark.parametrize("pads", [True, False])
-def test_replaced_tokens_by_hand(pads):
-    """7 became 9, and 8 was guessed: it is not replaced. The longer second view pads the first, which alone is edited."""
-    model = by_hand([[2, 6, 7, 8, 3], [2, 6, 7, 8, 10, 3]], [9, 8], [[2, 6, 4, 4, 3], [2, 6, 7, 8, 4, 3]], pads_in_loss=pads)
-    loss, grad = told_apart([2, 6, 9, 8, 3] + [0] * pads, [0, 0, 1, 0, 0] + [0] * pads)
-    near(model.loss, loss)
-    h_learns(model, grad)
-    assert model.predict is diffcse.difference_prediction
-    assert model.discriminator.read == [[[2, 6, 9, 8, 3]]] and model.generator.read == [[[2, 6, 4, 4, 3]]]
-    assert (model.sums["share_replaced"], model.sums["share_replaced/"]) == (1, 5)
-    assert (model.sums["accuracy_replaced"], model.sums["accuracy_replaced/"]) == (0, 1)  # A[9] is -2: "kept"
-    assert (model.sums["accuracy_kept"], model.sums["accuracy_kept/"]) == (2, 4)  # A[6] and A[8] are above H0 - H1 = 0.7: "replaced"
-
-
-def test_masked_tokens_by_hand():
-    """Conditional MLM: 6 was chosen and left, 7 masked, 8 made 9 (80-10-10). D reads that, not a generator's words, and says what stood there."""
-    for pads in (True, False):  # which are not masked: no difference
-        model = by_hand([[2, 6, 7, 8, 10, 3], [2, 6, 3]], None, [[2, 6, 4, 9, 10, 3], [2, 6, 3]], [[0, 1, 1, 1, 0, 0], [0] * 6], TimesWords(),
-                        objective="masked", pads_in_loss=pads)  # fmt: skip
-        loss = grad = right = 0
-        for there, truth in ((6, 6), (4, 7), (9, 8)):
-            s, p = A[there] + H1, chances(A[there] + H1)
-            loss += (math.log(sum(math.exp(s * a) for a in A)) - s * A[truth]) / 3
-            grad += (sum(q * a for q, a in zip(p, A)) - A[truth]) / 3
-            right += p.index(max(p)) == truth
-        near(model.loss, loss)
-        near(model.grads["encoder.embeddings.word.weight"][6], [0, grad])  # h0 says nothing of words here
-        assert model.discriminator.read == [[[2, 6, 4, 9, 10, 3]]]
-        assert (model.sums["accuracy_masked"], model.sums["accuracy_masked/"]) == (right, 3)
+def test_masked_tokens_by_hand(pads):
+    """6 was selected and left, 7 masked, and 8 became 9 (80-10-10); no generator changes that."""
+    rows, masked = [[2, 6, 7, 8, 10, 3], [2, 6, 3]], [[2, 6, 4, 9, 10, 3], [2, 6, 3]]
+    selected = [[0, 1, 1, 1, 0, 0], [0] * 6]
+    model = by_hand(rows, None, masked, selected, objective="masked", pads_in_loss=pads)
+    loss = grad = correct = 0
+    for token, target in ((6, 6), (4, 7), (9, 8)):
+        p = word_probabilities(A[token] + H1)
+        loss -= math.log(p[target]) / 3
+        grad += (sum(q * a for q, a in zip(p, A)) - A[target]) / 3
+        correct += p.index(max(p)) == target
+    assert_near(model.loss, loss)
+    assert_near(model.grads[EMBEDDINGS][6], [0, grad])
+    assert model.discriminator.read == [[[2, 6, 4, 9, 10, 3]]]
+    assert_counts(model, accuracy_masked=(correct, 3))
 
 
 def test_corrected_tokens_by_hand():
-    """Conditional corrective LM: at masked places p = p_kept [it is the same] + (1 - p_kept) p_word; p_kept learns from "replaced or not" alone."""
-    head = nn.ModuleDict({"copy": same(), "words": TimesWords()})
-    model = by_hand([[2, 6, 7, 8, 10, 3]] * 2, [9, 8], [[2, 6, 4, 4, 10, 3]] * 2, head=head, objective="corrected")
-    detection, grad = told_apart([2, 6, 9, 8, 10, 3], [0, 0, 1, 0, 0, 0])
-    words = grad_words = right = 0
-    for there, truth in ((9, 7), (8, 8)):
-        kept, q = 1 - sigmoid(A[there] + H1 - H0), chances(A[there] + H1)
-        p = kept * (there == truth) + (1 - kept) * q[truth]
-        words -= math.log(p) / 2
-        grad_words -= (1 - kept) * q[truth] * (A[truth] - sum(r * a for r, a in zip(q, A))) / p / 2  # kept does not move with h
-        right += q.index(max(q)) == truth
-    near(model.loss, detection + words)
-    near(model.grads["encoder.embeddings.word.weight"][6], [-grad, grad + grad_words])
-    near(model.grads["head.copy.bias"], [-grad, grad])  # of the detection alone
-    assert (model.sums["share_replaced"], model.sums["share_replaced/"], model.sums["accuracy_words"], model.sums["accuracy_words/"]) == (1, 6, right, 2)
+    """p = p_original [same token] + (1 - p_original) p_token; it does not train p_original."""
+    rows, masked = [[2, 6, 7, 8, 10, 3]] * 2, [[2, 6, 4, 4, 10, 3]] * 2
+    model = by_hand(rows, [9, 8], masked, objective="corrected")
+    loss, grad = detection([2, 6, 9, 8, 10, 3], [0, 0, 1, 0, 0, 0])
+    token_loss = token_grad = correct = 0
+    for token, target in ((9, 7), (8, 8)):
+        original, q = 1 - sigmoid(A[token] + H1 - H0), word_probabilities(A[token] + H1)
+        p = original * (token == target) + (1 - original) * q[target]
+        slope = q[target] * (A[target] - sum(r * a for r, a in zip(q, A)))
+        token_loss -= math.log(p) / 2
+        token_grad -= (1 - original) * slope / p / 2
+        correct += q.index(max(q)) == target
+    assert_near([model.loss, model.metrics["difference"][0]], [loss + token_loss] * 2)
+    assert_near(model.grads[EMBEDDINGS][6], [-grad, grad + token_grad])
+    assert_near(model.grads["head.bias"], [-grad, grad])  # of the detection alone
+    assert_counts(model, share_replaced=(1, 6), accuracy_masked=(correct, 2))
     assert model.discriminator.read == [[[2, 6, 9, 8, 10, 3]]]
 
 
-@pytest.mark.parametrize("edit,drawn,fill,edited,changed", [
-    ("insert", [0, 0, 1, 0, 0, 1, 0, 0], [9, 6], [2, 6, 9, 7, 8, 6, 10, 3], [0, 0, 1, 0, 0, 1, 0, 0]),
-    ("insert", [0, 1, 0, 0, 0, 0, 1, 0], [6, 10], [2, 6, 6, 7, 8, 10, 10, 3], [0, 1, 0, 0, 0, 0, 1, 0]),  # the very word beside it: it is put in all the same
-    ("insert", [0, 0, 0, 1, 1, 0, 0, 0], [2, 3], [2, 6, 7, 2, 3, 8, 10, 3], [0, 0, 0, 1, 1, 0, 0, 0]),
-    ("delete", [0, 0, 1, 1, 0, 0], None, [2, 6, 10, 3], [0, 0, 1, 0]),  # two gone at one place
-    ("delete", [0, 0, 1, 0, 1, 0], None, [2, 6, 8, 3], [0, 0, 1, 1]),  # the last word's is seen at [SEP]
-])  # fmt: skip
-def test_insertion_and_deletion_by_hand(edit, drawn, fill, edited, changed, monkeypatch):
-    monkeypatch.setattr(ablations, "draw", lambda among, number: torch.tensor([drawn]).bool() if number.tolist() == [2] else None)
-    model = by_hand([[2, 6, 7, 8, 10, 3]] * 2, fill, [[2, 6, 4, 8, 10, 3]] * 2, head=nn.ModuleDict({edit: same()}), edit_with=edit, mask_ratio=0.5,
-                    pads_in_loss=False)  # fmt: skip
-    loss, grad = told_apart(edited, changed)
-    near(model.loss, loss)
-    h_learns(model, grad)
+@pytest.mark.parametrize(
+    "edit, drawn, words, edited, changed",
+    [
+        ("insert", "00100100", [9, 6], [2, 6, 9, 7, 8, 6, 10, 3], "00100100"),
+        ("insert", "01000010", [6, 10], [2, 6, 6, 7, 8, 10, 10, 3], "01000010"),  # the neighbours
+        ("insert", "00011000", [2, 3], [2, 6, 7, 2, 3, 8, 10, 3], "00011000"),
+        ("delete", "001100", None, [2, 6, 10, 3], "0010"),  # two at one position
+        ("delete", "001010", None, [2, 6, 8, 3], "0011"),  # the last word: [SEP] is changed
+    ],
+)
+def test_insertion_and_deletion_by_hand(edit, drawn, words, edited, changed, monkeypatch):
+    drawn, changed = [int(c) for c in drawn], [int(c) for c in changed]
+
+    def subset(candidates, count):
+        assert count.tolist() == [2]
+        return torch.tensor([drawn]).bool()
+
+    monkeypatch.setattr(ablations, "random_subset", subset)
+    rows, masked = [[2, 6, 7, 8, 10, 3]] * 2, [[2, 6, 4, 8, 10, 3]] * 2
+    model = by_hand(rows, words, masked, edit_with=edit, mask_ratio=0.5, pads_in_loss=False)
+    loss, grad = detection(edited, changed)
+    assert_near(model.loss, loss)
+    assert_h_grad(model, grad)
     assert model.discriminator.read == [[edited]]
-    assert (model.sums["share_replaced"], model.sums["share_replaced/"]) == (sum(changed), len(edited))
-    if edit == "insert":  # the generator sees the sentence with [MASK]s put in, none of its own words masked
-        rest = iter([2, 6, 7, 8, 10, 3])
+    assert_counts(model, share_replaced=(sum(changed), len(edited)))
+    if edit == "insert":  # the generator reads all of the sentence's own words
+        rest = iter(rows[0])
         assert model.generator.read == [[[4 if d else next(rest) for d in drawn]]]
 
 
-# Cosines of the first views, which begin with 6 and 7, with the second views, 8 and 10, and with edits that begin with 9 and 11
+# Cosines of first views (which begin with 6 and 7) with second views (8 and 10) and edits (9, 11)
 SECONDS, EDITS = [[0.0, -0.6], [0.6, 0.96]], [[0.6, -0.8], [0.0, 0.28]]
 
 
-def exp(cosine: float) -> float:
-    return math.exp(cosine / 0.5)
+def exp(cosines: list[float]) -> float:
+    return sum(math.exp(cosine / 0.5) for cosine in cosines)
+
+
+def info_nce(rows: list[list[float]]) -> float:
+    return sum(math.log(exp(row) / exp([row[i]])) for i, row in enumerate(rows)) / 2
 
 
 def against_edits(edit_as: str, words: list[int], **changes):
-    """Two sentences, their first words masked and made these."""
-    rows = [[2, 6, 3], [2, 8, 3], [2, 7, 10, 3], [2, 10, 3]]
-    return by_hand(rows, words, [[2, 4, 3], [2, 8, 3], [2, 4, 10, 3], [2, 10, 3]], edit_as=edit_as, projector="tanh", **changes)
+    """Two sentences, whose first words are masked and become these."""
+    rows, masked = ([[2, i, 3], [2, 8, 3], [2, j, 10, 3], [2, 10, 3]] for i, j in ((6, 7), (4, 4)))
+    return by_hand(rows, words, masked, edit_as=edit_as, projector="tanh", **changes)
 
 
+@pytest.mark.parametrize("views", ["first", "both"])  # only first views are edited in any case
 @pytest.mark.parametrize("words", [[9, 11], [11, 9]])
-def test_positive_and_negative_edits_by_hand(words):
+def test_positive_and_negative_edits_by_hand(words, views):
     edits = [row if words[0] == 9 else row[::-1] for row in EDITS]
-    contrastive = sum(math.log(sum(map(exp, SECONDS[i])) / exp(SECONDS[i][i])) for i in (0, 1)) / 2
-    found = sum(math.log(sum(map(exp, edits[i])) / exp(edits[i][i])) for i in (0, 1)) / 2
-    pushed = sum(math.log((sum(map(exp, SECONDS[i])) + sum(map(exp, edits[i]))) / sum(map(exp, SECONDS[i]))) for i in (0, 1)) / 2
-    for views in ("first", "both"):  # of h there is one edit in any case: that of the first view
-        model = against_edits("positive", words, views=views, lam=0.7)
-        near([model.loss, model.sums["prediction"], model.sums["contrastive"]], [contrastive + 0.7 * found, found, contrastive])
-        assert model.encoder.read == [[[2, 6, 3], [2, 8, 3], [2, 7, 10, 3], [2, 10, 3]], [[2, words[0], 3], [2, words[1], 10, 3]]]
-        assert model.taught == {6, 7, 8, 9, 10, 11} and model.discriminator is None and not hasattr(model, "head")
-        assert (model.sums["accuracy_edits"], model.sums["accuracy_edits/"]) == (2 if words[0] == 9 else 0, 2)
-        model = against_edits("negative", words, views=views, lam=0.7)
-        near([model.loss, model.sums["prediction"], model.sums["contrastive"]], [contrastive + 0.7 * pushed, pushed, contrastive])
-        assert (model.sums["share_nearer"], model.sums["share_nearer/"]) == (1 if words[0] == 9 else 0, 2)  # 0.6 > 0, but not 0.28 > 0.96
-    assert against_edits("positive", words, contrastive=False).taught == {6, 7, 9, 11}  # without second views
-    assert against_edits("negative", words, contrastive=False).taught == {6, 7, 8, 9, 10, 11}
-
-
-def test_without_the_contrastive_loss_the_prediction_alone_teaches_and_the_other_is_still_told():
-    rows, masked = [[2, 6, 7, 3], [2, 8, 3], [2, 7, 8, 3], [2, 10, 3]], [[2, 6, 4, 3], [2, 8, 3], [2, 4, 8, 3], [2, 10, 3]]
-    on, off = (by_hand(rows, [9, 10], masked, lam=0.3, contrastive=contrastive) for contrastive in (True, False))
-    (loss_6, grad_6), (loss_7, grad_7) = told_apart([2, 6, 9, 3], [0, 0, 1, 0]), told_apart([2, 10, 8, 3], [0, 1, 0, 0], 0.0, 2.0)
-    prediction = (loss_6 + loss_7) / 2
-    contrastive = sum(math.log(sum(map(exp, SECONDS[i])) / exp(SECONDS[i][i])) for i in (0, 1)) / 2
-    for model in (on, off):
-        near([model.sums["contrastive"], model.sums["prediction"]], [contrastive, prediction])
-    near([on.loss, on.sums["loss"], off.loss, off.sums["loss"]], [contrastive + 0.3 * prediction] * 2 + [0.3 * prediction] * 2)
-    assert on.taught == {6, 7, 8, 10} and off.taught == {6, 7}  # the first views, which are edited
-    for word, grad in ((6, grad_6), (7, grad_7)):
-        near(off.grads["encoder.embeddings.word.weight"][word], [-0.3 * grad / 2, 0.3 * grad / 2])
+    pushed = [math.log((exp(s) + exp(e)) / exp(s)) for s, e in zip(SECONDS, edits)]
+    for edit_as, loss in (("positive", info_nce(edits)), ("negative", sum(pushed) / 2)):
+        model = against_edits(edit_as, words, views=views, lam=0.7)
+        metrics = [model.loss, model.metrics["difference"][0], model.metrics["contrastive"][0]]
+        assert_near(metrics, [info_nce(SECONDS) + 0.7 * loss, loss, info_nce(SECONDS)])
+        read = [[2, 6, 3], [2, 8, 3], [2, 7, 10, 3], [2, 10, 3]]
+        assert model.encoder.read == [read, [[2, words[0], 3], [2, words[1], 10, 3]]]
+        assert model.trained == {6, 7, 8, 9, 10, 11} and model.discriminator is None
+        if edit_as == "positive":
+            assert_counts(model, accuracy_edits=(2 if words[0] == 9 else 0, 2))
+        else:  # 0.6 > 0, but not 0.28 > 0.96
+            assert_counts(model, share_nearer=(1 if words[0] == 9 else 0, 2))
+    # Without the contrastive loss, positives do not depend on second views.
+    assert against_edits("positive", words, contrastive=False).trained == {6, 7, 9, 11}
+    assert against_edits("negative", words, contrastive=False).trained == {6, 7, 8, 9, 10, 11}
 
 
 def test_next_and_both_sentences_by_hand():
-    """D reads the edit of the next sentence beside h of this one, and f never reads the next."""
+    """D reads the edit of the next sentence and this one's h; the encoder never reads the next."""
     rows, masked = [[2, 6, 7, 3], [2, 7, 8, 10, 3]] * 2, [[2, 6, 4, 3], [2, 4, 8, 10, 3]] * 2
-    own, following = told_apart([2, 6, 9, 3], [0, 0, 1, 0]), told_apart([2, 9, 8, 10, 3], [0, 1, 0, 0, 0])
-    for whose, edited, (loss, grad), shares in [
-        ("next", [[2, 9, 8, 10, 3]], following, (1, 5)), ("both", [[2, 6, 9, 3], [2, 9, 8, 10, 3]], [(a + b) / 2 for a, b in zip(own, following)], (2, 9)),
-    ]:  # fmt: skip
-        model = by_hand(rows, [9], masked, head=nn.ModuleDict({"replace": same()}), V=4, condition_on=whose, pads_in_loss=False)
-        near(model.loss, loss)
-        h_learns(model, grad)
-        assert model.taught == {6} and model.encoder.read == [rows[::2]] and model.discriminator.read == [[row] for row in edited]
-        assert (model.sums["share_replaced"], model.sums["share_replaced/"]) == shares
-    q = chances(A[4] + H1)
-    model = by_hand(rows, None, masked, head=TimesWords(), V=4, condition_on="next", objective="masked")
-    near(model.loss, -math.log(q[7]))
-    near(model.grads["encoder.embeddings.word.weight"][6], [0, sum(r * a for r, a in zip(q, A)) - A[7]])
-    assert model.taught == {6}
+    own, following = [2, 6, 9, 3], [2, 9, 8, 10, 3]
+    results = detection(own, [0, 0, 1, 0]), detection(following, [0, 1, 0, 0, 0])
+    both = [(a + b) / 2 for a, b in zip(*results)]
+    for whose, read, (loss, grad), counts in (
+        ("next", [[following]], results[1], (1, 5)),
+        ("both", [[own], [following]], both, (2, 9)),
+    ):
+        model = by_hand(rows, [9], masked, V=4, condition_on=whose, pads_in_loss=False)
+        assert_near(model.loss, loss)
+        assert_h_grad(model, grad)
+        assert model.trained == {6} and model.encoder.read == [rows[::2]]
+        assert model.discriminator.read == read
+        assert_counts(model, share_replaced=counts)
+    q = word_probabilities(A[4] + H1)
+    model = by_hand(rows, None, masked, V=4, condition_on="next", objective="masked")
+    assert_near(model.loss, -math.log(q[7]))
+    assert_near(model.grads[EMBEDDINGS][6], [0, sum(r * a for r, a in zip(q, A)) - A[7]])
+    assert model.trained == {6}
 
 
-def test_the_contrastive_loss_does_not_depend_on_the_next_sentences():
-    losses = []
-    for following in ([2, 8, 9, 3], [2, 10, 3]):
-        rows = [[2, 6, 3], following, [2, 8, 3], following, [2, 7, 3], following, [2, 10, 3], following]
-        model = by_hand(rows, [9, 10, 9, 10], [row[:1] + [4] + row[2:] if row is following else row for row in rows], views="both", V=4,
-                        head=nn.ModuleDict({"replace": same()}), condition_on="next")  # fmt: skip
-        losses.append((float(model.sums["contrastive"].detach()), float(model.sums["prediction"])))
-    near(losses[0][0], sum(math.log(sum(map(exp, SECONDS[i])) / exp(SECONDS[i][i])) for i in (0, 1)) / 2)
-    assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]
+@pytest.mark.parametrize("objective", ["masked", "corrected"])
+def test_no_masked_token_gives_no_loss_and_finite_gradients(objective):
+    words = [] if objective == "corrected" else None
+    model = by_hand([[2, 6, 7, 3]] * 2, words, objective=objective)
+    assert_near(model.loss, 0 if words is None else detection([2, 6, 7, 3], [0] * 4)[0])
+    assert all(map(math.isfinite, model.grads[EMBEDDINGS][6]))
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Insertion and deletion beside an alignment that knows nothing of what was drawn
+# ------------------------------------------------------------------------------------------------
+# Insertion and deletion beside an alignment that does not know the random numbers
 
 
-def editing(ratio: float, fill) -> SimpleNamespace:
-    """What insert and delete need of a model. fill: what the generator writes."""
-    cfg = diffcse.Config(mask_ratio=ratio)
-    return SimpleNamespace(cfg=cfg, tokenizer=Words, generator=SimpleNamespace(fill=fill))
+def editing(ratio: float, predict_tokens) -> SimpleNamespace:
+    """The part of a model that insert and delete need."""
+    generator = SimpleNamespace(predict_tokens=predict_tokens)
+    cfg = AblationConfig(mask_ratio=ratio)
+    return SimpleNamespace(cfg=cfg, tokenizer=Words, generator=generator)
 
 
-def sentences_of(lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[CLS], words that are all different, [SEP], padding."""
-    mask = torch.arange(int(lengths.max()) + 2) < lengths[:, None]  # two columns of padding alone
+def sentences_of(lengths: torch.Tensor) -> Batch:
+    """[CLS], distinct words, [SEP], padding; two columns are padding in all rows."""
+    mask = torch.arange(int(lengths.max()) + 2) < lengths[:, None]
     x = torch.stack([6 + torch.randperm(54)[: mask.shape[1]] for _ in lengths])
-    x[:, 0] = Words.cls
-    x[torch.arange(len(x)), lengths - 1] = Words.sep
-    return x.masked_fill(~mask, Words.pad), mask
+    x[:, 0] = Words.cls_id
+    x[torch.arange(len(x)), lengths - 1] = Words.sep_id
+    x = x.masked_fill(~mask, Words.pad_id)
+    return Batch(x, mask, x, mask)
 
 
-@pytest.mark.parametrize("edit", [ablations.insert, ablations.delete], ids=lambda e: e.__name__)
-def test_what_is_called_changed_is_what_difflib_finds(edit):
+def difflib_changes(a: list[int], b: list[int], edit: str) -> list[bool]:
+    changed = [False] * len(b)
+    matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
+    for kind, a1, a2, b1, b2 in matcher.get_opcodes():
+        assert kind in ("equal", edit)
+        if kind == "insert":
+            changed[b1:b2] = [True] * (b2 - b1)
+        elif kind == "delete":
+            changed[b1] = True
+            assert a2 > a1
+    return changed
+
+
+@pytest.mark.parametrize("edit", [insert, delete], ids=lambda edit: edit.__name__)
+def test_changed_tokens_are_those_that_difflib_finds(edit):
     torch.manual_seed(1)
     changes = 0
 
-    def fill(ids, mask, tokens, wanted, vocabulary, temperature):
-        assert torch.equal(tokens, bert.places(mask)) and torch.equal(wanted, bert.places(ids == Words.mask)) and vocabulary == Words.vocab_size
-        return torch.randint(60, 99, wanted.shape)  # words that no sentence has: else the alignment would not be unique
+    def predict_tokens(ids, mask, positions, temperature):
+        assert torch.equal(positions, ids == Words.mask_id)
+        new_words = torch.randint(60, 99, ids.shape)  # in no sentence: the alignment is unique
+        return torch.where(positions, new_words, ids)
 
     for ratio in [0.0, 0.9, *torch.rand(38).mul(0.9).tolist()]:
         lengths = torch.cat([torch.tensor([2, 3]), torch.randint(2, 41, (23,))])
-        x, mask = sentences_of(lengths)
-        before = x.clone()
-        x_edited, changed, mask_edited = edit(editing(ratio, fill), x, mask, x, mask, Room())
-        assert torch.equal(x, before) and x_edited.shape == changed.shape == mask_edited.shape
-        assert changed.dtype == mask_edited.dtype == torch.bool and x_edited.dtype == torch.int64
-        assert not (x_edited[~mask_edited].any() or changed[~mask_edited].any())  # padding: id 0, not changed
-        for row in range(len(x)):
-            n = int(mask_edited[row].sum())
-            a, b, labels = x[row, : lengths[row]].tolist(), x_edited[row, :n].tolist(), changed[row, :n].tolist()
-            assert mask_edited[row, :n].all() and (b[0], b[-1]) == (Words.cls, Words.sep) and 0 not in b
-            assert math.floor(ratio * (len(a) - 2)) <= abs(n - len(a)) <= math.ceil(ratio * (len(a) - 2))
-            expected = [False] * n
-            for what, a1, a2, b1, b2 in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
-                assert what in ("equal", edit.__name__)
-                if what == "insert":
-                    expected[b1:b2] = [True] * (b2 - b1)
-                elif what == "delete":
-                    expected[b1] = True
-                    assert a2 > a1
-            assert labels == expected
+        batch = sentences_of(lengths)
+        before = batch.x.clone()
+        x_edited, changed, mask = edit(editing(ratio, predict_tokens), batch)
+        assert torch.equal(batch.x, before) and x_edited.shape == changed.shape == mask.shape
+        assert changed.dtype == mask.dtype == torch.bool and x_edited.dtype == torch.int64
+        assert not (x_edited[~mask].any() or changed[~mask].any())  # padding: id 0, not changed
+        for row in range(len(before)):
+            n = int(mask[row].sum())
+            a, b = before[row, : lengths[row]].tolist(), x_edited[row, :n].tolist()
+            assert mask[row, :n].all() and (b[0], b[-1]) == (Words.cls_id, Words.sep_id)
+            assert 0 not in b
+            exact = ratio * (len(a) - 2)
+            assert math.floor(exact) <= abs(n - len(a)) <= math.ceil(exact)
+            assert changed[row, :n].tolist() == difflib_changes(a, b, edit.__name__)
             changes += n != len(a)
     assert changes > 700
 
 
-def drawn_at(edit, ratio: float, n: int, rows: int = 20_000) -> torch.Tensor:
-    """Which of n words are deleted, or which places between [CLS] and [SEP] hold inserted ones (n and what is inserted). Shapes: (rows, places) bool."""
-    x = torch.cat([torch.tensor([Words.cls]), 6 + torch.arange(n), torch.tensor([Words.sep])]).repeat(rows, 1)
-    model = editing(ratio, lambda ids, mask, tokens, wanted, vocabulary, temperature: torch.full(wanted.shape, 77))
-    x_edited, changed, _ = edit(model, x, x > 0, x, x > 0, Room())
-    if edit is ablations.insert:
+def drawn_positions(edit, ratio: float, n: int, rows: int = 20_000) -> torch.Tensor:
+    """Which of n words are deleted, or which tokens between [CLS] and [SEP] are inserted.
+
+    Shapes: -> (rows, n or more) bool.
+    """
+    words = 6 + torch.arange(n)
+    x = torch.cat([torch.tensor([Words.cls_id]), words, torch.tensor([Words.sep_id])])
+    x = x.repeat(rows, 1)
+    model = editing(ratio, lambda ids, mask, positions, temperature: ids)
+    x_edited, changed, _ = edit(model, Batch(x, x > 0, x, x > 0))
+    if edit is insert:
         return changed[:, 1:-1]
-    return torch.stack([(x_edited != word).all(1) for word in range(6, 6 + n)], 1)
+    return torch.stack([(x_edited != word).all(1) for word in words], 1)
 
 
-@pytest.mark.parametrize("edit", [ablations.insert, ablations.delete], ids=lambda e: e.__name__)
-def test_mask_ratio_of_the_tokens_in_the_mean_and_each_place_equally_often(edit):
+@pytest.mark.parametrize("edit", [insert, delete], ids=lambda edit: edit.__name__)
+def test_counts_have_mask_ratio_as_their_mean_and_positions_are_equally_likely(edit):
     torch.manual_seed(2)
     for ratio, n in ((0.3, 7), (0.15, 5), (0.5, 4), (0.9, 1)):
-        drawn = drawn_at(edit, ratio, n)
-        numbers = drawn.sum(1)
-        assert set(numbers.tolist()) == {math.floor(ratio * n), math.ceil(ratio * n)}
-        assert abs(float(numbers.double().mean()) / n - ratio) < 5 * 0.5 / n / math.sqrt(len(drawn))  # numbers differ by one: deviation 0.5 at most
-        for number in set(numbers.tolist()):
-            rows = drawn[numbers == number]
-            among = n if edit is ablations.delete else n + number
-            often = rows[:, :among].double().mean(0)
-            assert (often - number / among).abs().max() < 5 * 0.5 / math.sqrt(len(rows))
-    patterns = drawn_at(edit, 0.5, 4) if edit is ablations.delete else drawn_at(edit, 1.0, 2)  # two of four: six ways
-    ways = [float((patterns[:, i] & patterns[:, j]).double().mean()) for i, j in itertools.combinations(range(4), 2)]
-    assert max(abs(way - 1 / 6) for way in ways) < 5 * 0.4 / math.sqrt(len(patterns))
+        drawn = drawn_positions(edit, ratio, n)
+        counts = drawn.sum(1)
+        assert set(counts.tolist()) == {math.floor(ratio * n), math.ceil(ratio * n)}
+        error = abs(float(counts.double().mean()) / n - ratio)
+        assert error < 5 * 0.5 / n / math.sqrt(len(drawn))  # the deviation is at most 0.5
+        for count in set(counts.tolist()):
+            rows = drawn[counts == count]
+            candidates = n if edit is delete else n + count
+            often = rows[:, :candidates].double().mean(0)
+            assert (often - count / candidates).abs().max() < 5 * 0.5 / math.sqrt(len(rows))
+    patterns = drawn_positions(edit, *((0.5, 4) if edit is delete else (1.0, 2)))  # 2 of 4
+    pairs = itertools.combinations(range(4), 2)
+    shares = [float((patterns[:, i] & patterns[:, j]).double().mean()) for i, j in pairs]
+    assert max(abs(share - 1 / 6) for share in shares) < 5 * 0.4 / math.sqrt(len(patterns))
 
 
-def test_the_next_number_above_or_below_and_no_other():
+def test_random_counts_are_the_next_integers_with_an_exact_mean(monkeypatch):
     torch.manual_seed(3)
-    of = torch.arange(40).repeat(500)
-    for share in (0.0, 0.15, 0.3, 0.5, 0.9):
-        number = ablations.how_many(of, share)
-        exact = share * of.double()
-        assert ((number - exact).abs() < 1).all() and abs(float((number - exact).mean())) < 5 * 0.5 / math.sqrt(len(of))
+    lengths = torch.arange(40).repeat(500)
+    for ratio in (0.0, 0.15, 0.3, 0.5, 0.9):
+        error = ablations.random_count(lengths, ratio) - ratio * lengths.double()
+        assert (error.abs() < 1).all() and abs(float(error.mean())) < 5 * 0.5 / len(lengths) ** 0.5
+    monkeypatch.setattr(torch, "rand", lambda shape, device: torch.full(shape, 1 - 2**-24))
+    lengths = torch.arange(2000)  # the largest draw never gives more than the ceiling
+    for ratio in torch.linspace(0, 1, 41).tolist():
+        ceiling = [math.ceil(ratio * n) for n in lengths.tolist()]
+        assert ablations.random_count(lengths, ratio).tolist() == ceiling
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The whole step, written a second time on transformers' modules
 
 
-def their_edit(edit: str, cfg, generator, x: list, x_masked: list, selected: list, drawn: list | None) -> tuple[list, list]:
-    """x'' of one sentence without padding, and which of its tokens are changed. drawn: which places of x'' are put in, or which of x are taken out."""
+def random_model(family: str, mlm: bool, folder: Path):
+    """A transformers model with random weights, norms and biases too, and bert.py's copy of it."""
+    sizes = dict(vocab_size=60, pad_token_id=Words.pad_id, initializer_range=0.3)
+    sizes["max_position_embeddings"] = 40
+    name = bert.FAMILIES[family]
+    if family == "distilbert":
+        sizes |= dict(dim=32, n_layers=2, n_heads=4, hidden_dim=64, dropout=0, attention_dropout=0)
+    else:
+        sizes |= dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+        sizes |= dict(intermediate_size=64, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    model = getattr(transformers, name + ("ForMaskedLM" if mlm else "Model"))(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return model.double(), bert.load_bert(folder, mlm=mlm).double()
+
+
+def reference_edit(edit: str, scope: str, generator, row: dict, drawn: list | None):
+    """x'' of one sentence without padding, and which tokens are changed. drawn: the inserted
+    positions of x'', or the deleted ones of x."""
 
     def best(ids: list) -> list:
         with torch.no_grad():
             return generator(input_ids=torch.tensor([ids])).logits[0].argmax(-1).tolist()
 
+    x, n = row["x"], len(row["x"])
     if edit == "delete":
-        kept = [t for t in range(len(x)) if not drawn[t]]
+        kept = [t for t in range(n) if not drawn[t]]
         return [x[t] for t in kept], [t > 0 and drawn[t - 1] for t in kept]
     if edit == "insert":
-        drawn, rest = drawn[: len(x) + sum(drawn)], iter(x)
-        with_masks = [Words.mask if new else next(rest) for new in drawn]
-        return [word if new else old for new, old, word in zip(drawn, with_masks, best(with_masks))], drawn
-    words = [x[t] if t == 0 or cfg.edit_scope == "masked" and not selected[t] else word for t, word in enumerate(best(x_masked))]
+        drawn, rest = drawn[: n + sum(drawn)], iter(x)
+        with_masks = [Words.mask_id if new else next(rest) for new in drawn]
+        words = zip(drawn, with_masks, best(with_masks))
+        return [word if new else old for new, old, word in words], drawn
+    editable = [t > 0 and (scope == "all" or row["selected"][t]) for t in range(n)]
+    words = [new if e else old for e, new, old in zip(editable, best(row["x_masked"]), x)]
     return words, [a != b for a, b in zip(words, x)]
 
 
-def their_ablation(cfg, theirs, x, mask, x_masked, selected, draws):
-    """Written from the paper and the docstrings. draws: what the code drew, in its order. Returns the loss."""
+def cls_of(model, ids, mask):
+    return model(input_ids=ids, attention_mask=mask.long()).last_hidden_state[:, 0]
+
+
+def log_sum_exp(vector, others, temperature: float):
+    cosines = [F.cosine_similarity(vector, other, dim=0) for other in others]
+    return torch.logsumexp(torch.stack(cosines) / temperature, 0)
+
+
+def reference_loss(cfg, modules, batch: Batch, draws):
+    """The total loss, from the paper and the docstrings. draws: the code's random subsets."""
     texts = 1 if cfg.condition_on == "same" else 2
-    own, own_mask = x[::texts], mask[::texts]
-    h = theirs.projector(theirs.encoder(input_ids=own, attention_mask=own_mask.long()).last_hidden_state[:, 0])
-    contrastive = step_of_the_paper(replace(cfg, lam=0.0), 2, theirs.encoder, theirs.projector, None, None, None, own, own_mask, None, None)
-    losses, every = [], 2 if cfg.views == "first" or cfg.edit_as != "difference" else 1
+    h = modules.projector(cls_of(modules.encoder, batch.x[::texts], batch.mask[::texts]))
+    firsts, seconds, tau = h[::2], h[1::2], cfg.temperature
+    contrastive = sum(
+        log_sum_exp(first, seconds, tau) - F.cosine_similarity(first, second, dim=0) / tau
+        for first, second in zip(firsts, seconds)
+    ) / len(firsts)
+    every = 2 if cfg.views == "first" or cfg.edit_as != "difference" else 1
+    losses = []
     for edit in ["replace", "insert", "delete"] if cfg.edit_with == "all" else [cfg.edit_with]:
         for text in {"same": [0], "next": [1], "both": [0, 1]}[cfg.condition_on]:
-            rows = [i * texts + text for i in range(0, len(own), every)]
-            told = h[::every]
-            if cfg.objective == "masked":
-                ids, real, changed = x_masked[rows], mask[rows], None
-            else:
-                drawn = next(draws) if edit != "replace" else None
-                edits = [their_edit(edit, cfg, theirs.generator, *(t[r, mask[r]].tolist() for t in (x, x_masked, selected)), drawn and drawn[i])
-                         for i, r in enumerate(rows)]  # fmt: skip
-                width = max(len(words) for words, _ in edits) if edit == "insert" else x.shape[1]
-                ids = torch.tensor([words + [0] * (width - len(words)) for words, _ in edits])
-                changed = [c + [False] * (width - len(c)) for _, c in edits]
-                real = torch.tensor([[t < len(words) for t in range(width)] for words, _ in edits])
-            if cfg.edit_as != "difference":
-                h_edited = theirs.projector(theirs.encoder(input_ids=ids, attention_mask=real.long()).last_hidden_state[:, 0])
-                loss = 0.0
-                for i in range(len(rows)):
-                    seconds, near = (sum(torch.exp(F.cosine_similarity(told[i], other, dim=0) / cfg.temperature) for other in others)
-                                     for others in (h[1::2], h_edited))  # fmt: skip
-                    if cfg.edit_as == "positive":
-                        loss = loss + torch.log(near) - F.cosine_similarity(told[i], h_edited[i], dim=0) / cfg.temperature
-                    else:
-                        loss = loss + torch.log(seconds + near) - torch.log(seconds)
-                losses.append(loss / len(rows))
-                continue
-            D = theirs.discriminator
-            hook = D.embeddings.register_forward_hook(lambda m, i, out, told=told: torch.cat([told[:, None], out[:, 1:]], 1))
-            states = D(input_ids=ids, attention_mask=real.long()).last_hidden_state
-            hook.remove()
-            at_masks = [(i, r, t) for i, r in enumerate(rows) for t in range(x.shape[1]) if selected[r, t]]
-            if cfg.objective == "masked":
-                losses.append(sum(F.cross_entropy(theirs.words(states[i, t]), x[r, t]) for i, r, t in at_masks) / len(at_masks))
-                continue
-            logits = theirs.head["copy" if cfg.objective == "corrected" else edit](states)
-            terms = [F.cross_entropy(logits[i, t], torch.tensor(int(changed[i][t]))) for i in range(len(rows)) for t in range(ids.shape[1])
-                     if real[i, t] or cfg.pads_in_loss]  # fmt: skip
-            loss = sum(terms) / (len(terms) if cfg.reduction == "mean" else 1)
-            for i, r, t in at_masks if cfg.objective == "corrected" else []:
-                kept, not_kept = logits[i, t].detach().softmax(0)
-                p = kept * (ids[i, t] == x[r, t]) + not_kept * theirs.words(states[i, t]).softmax(0)[x[r, t]]
-                loss = loss - torch.log(p) / len(at_masks)
-            losses.append(loss)
+            rows = slice(text, None, texts * every)
+            part = Batch(*(t[rows] for t in batch.tensors()))
+            losses.append(
+                reference_difference(cfg, modules, part, h[::every], seconds, edit, draws)
+            )
     return cfg.contrastive * contrastive + cfg.lam * sum(losses) / len(losses)
 
 
-def nasty_batch(rows: int) -> tuple[torch.Tensor, ...]:
-    """Rows of all lengths, of [CLS] [SEP] alone too, with padding and words that come again."""
+def reference_difference(cfg, modules, batch: Batch, h, seconds, edit: str, draws):
+    R, T = batch.x.shape
+    selected = [(r, t) for r in range(R) for t in range(T) if batch.selected[r, t]]
+    if cfg.objective == "masked":
+        states = read_with_h(modules.discriminator, batch.x_masked, batch.mask, h)
+        logits = torch.stack([modules.mlm_head(states[r, t]) for r, t in selected])
+        return F.cross_entropy(logits, torch.stack([batch.x[r, t] for r, t in selected]))
+    drawn = next(draws) if edit != "replace" else [None] * R
+    edits = []
+    for r in range(R):
+        names = ("x", "x_masked", "selected")
+        row = {name: getattr(batch, name)[r, batch.mask[r]].tolist() for name in names}
+        edits.append(reference_edit(edit, cfg.edit_scope, modules.generator, row, drawn[r]))
+    width = max(len(words) for words, _ in edits) if edit == "insert" else T
+    ids = torch.tensor([words + [0] * (width - len(words)) for words, _ in edits])
+    changed = torch.tensor([c + [False] * (width - len(c)) for _, c in edits]).long()
+    mask = torch.tensor([[t < len(words) for t in range(width)] for words, _ in edits])
+    if cfg.edit_as != "difference":
+        h_edited = modules.projector(cls_of(modules.encoder, ids, mask))
+        return reference_contrast(cfg, h, seconds, h_edited)
+    states = read_with_h(modules.discriminator, ids, mask, h)
+    logits = modules.heads[edit](states)
+    counted = torch.ones_like(mask) if cfg.pads_in_loss else mask
+    loss = F.cross_entropy(logits[counted], changed[counted], reduction=cfg.reduction)
+    for r, t in selected if cfg.objective == "corrected" else []:
+        original, replaced = logits[r, t].detach().softmax(0)
+        drawn_p = modules.mlm_head(states[r, t]).softmax(0)[batch.x[r, t]]
+        p = original * (ids[r, t] == batch.x[r, t]) + replaced * drawn_p
+        loss = loss - torch.log(p) / len(selected)
+    return loss
+
+
+def read_with_h(discriminator, ids, mask, h):
+    """The states, with h in place of the embedding of [CLS]."""
+    hook = discriminator.embeddings.register_forward_hook(
+        lambda module, inputs, out: torch.cat([h[:, None], out[:, 1:]], 1)
+    )
+    states = discriminator(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+    hook.remove()
+    return states
+
+
+def reference_contrast(cfg, h, seconds, h_edited):
+    loss, tau = 0.0, cfg.temperature
+    for vector, edited in zip(h, h_edited):
+        to_seconds, to_edits = (log_sum_exp(vector, others, tau) for others in (seconds, h_edited))
+        if cfg.edit_as == "positive":
+            loss = loss + to_edits - F.cosine_similarity(vector, edited, dim=0) / tau
+        else:
+            loss = loss + torch.logaddexp(to_seconds, to_edits) - to_seconds
+    return loss / len(h)
+
+
+def nasty_batch(rows: int, views: int = 2) -> Batch:
+    """Rows of many lengths, also [CLS] [SEP] alone, with padding and repeated words."""
     lengths = torch.tensor([9, 4, 7, 2, 9, 5, 2, 8, 3, 3, 6, 2]).repeat(2)[:rows]
     mask = torch.arange(9) < lengths[:, None]
-    x = torch.randint(6, 16, mask.shape).masked_fill(~mask, Words.pad)
-    x[:, 0] = Words.cls
-    x[torch.arange(rows), lengths - 1] = Words.sep
+    x = torch.randint(6, 16, mask.shape).masked_fill(~mask, Words.pad_id)
+    x[:, 0] = Words.cls_id
+    x[torch.arange(rows), lengths - 1] = Words.sep_id
     selected = (torch.rand(x.shape) < 0.4) & (x > 5)
-    x_masked = torch.where(selected & (torch.rand(x.shape) < 0.8), Words.mask, x)  # some are chosen and left
-    return x, mask, x_masked, selected
+    x_masked = torch.where(selected & (torch.rand(x.shape) < 0.8), Words.mask_id, x)
+    return Batch(x, mask, x_masked, selected, views)
 
 
-def gradients(model, names: dict[str, str] | None = None) -> dict[str, torch.Tensor]:
-    """Those that there are; under Hugging Face's names where their table is given."""
-    return {bert._their_name(n, names) if names else n: p.grad for n, p in model.named_parameters() if p.grad is not None and not n.startswith("pooler")}
+def gradients(model, rename=lambda name: name) -> dict[str, torch.Tensor]:
+    parameters = model.named_parameters()
+    grads = {rename(name): p.grad for name, p in parameters if p.grad is not None}
+    return {name: grad for name, grad in grads.items() if not name.startswith("pooler")}
 
 
-def assert_alike(got: dict, want: dict) -> None:
+def assert_same_gradients(got: dict, want: dict) -> None:
     assert got.keys() == want.keys() and got
     for name in want:
         g, w = got[name].clone(), want[name].clone()
-        if name.endswith("embeddings.weight"):  # transformers drops the gradient of the padding word's row
-            g[Words.pad], w[Words.pad] = 0, 0
+        if name.endswith("embeddings.weight"):  # transformers drops that of the padding word
+            g[Words.pad_id], w[Words.pad_id] = 0, 0
         assert (g - w).norm() < 1e-5 * w.norm() or (g - w).norm() < 1e-10, name
 
 
 PAPER = {"edit_scope": "masked", "pads_in_loss": False, "views": "first"}
+CASES = [
+    {"objective": "masked"},
+    {"objective": "masked", "views": "first", "condition_on": "next"},
+    {"objective": "masked", "condition_on": "both"},
+    {"objective": "corrected"},
+    {"objective": "corrected", **PAPER},
+    {"objective": "corrected", **PAPER, "condition_on": "both", "contrastive": False},
+    {"edit_as": "positive"},
+    {"edit_as": "positive", "projector": "tanh", **PAPER},
+    {"edit_as": "positive", "condition_on": "next"},
+    {"edit_as": "negative"},
+    {"edit_as": "negative", "projector": "tanh", **PAPER},
+    {"edit_as": "negative", "condition_on": "both", "contrastive": False},
+    {"condition_on": "next"},
+    {"condition_on": "both", **PAPER},
+    {"condition_on": "both", "pads_in_loss": False},
+    {"contrastive": False},
+    {"edit_with": "insert"},
+    {"edit_with": "insert", **PAPER},
+    {"edit_with": "insert", "edit_as": "negative"},
+    {"edit_with": "insert", "condition_on": "next"},
+    {"edit_with": "delete"},
+    {"edit_with": "delete", **PAPER},
+    {"edit_with": "delete", "edit_as": "positive", "projector": "tanh"},
+    {"edit_with": "all", "condition_on": "both", "reduction": "sum"},
+    {"edit_with": "all", "views": "first"},
+    {"edit_with": "all", "edit_as": "negative"},
+]
+
+
+def name_of(changes: dict) -> str:
+    return ",".join(map(str, changes.values()))
+
+
+def config(**changes) -> AblationConfig:
+    defaults = {"lam": 0.5, "temperature": 0.3, "mask_ratio": 0.4, "text": "paragraphs"}
+    return AblationConfig(**defaults | changes)
+
+
+def needs_generator(cfg: AblationConfig) -> bool:
+    return cfg.objective != "masked" and cfg.edit_with != "delete"
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-@pytest.mark.parametrize("changes", [
-    {"objective": "masked"}, {"objective": "masked", "views": "first", "condition_on": "next"}, {"objective": "masked", "condition_on": "both"},
-    {"objective": "corrected"}, {"objective": "corrected", **PAPER}, {"objective": "corrected", **PAPER, "condition_on": "both", "contrastive": False},
-    {"edit_as": "positive"}, {"edit_as": "positive", "projector": "tanh", **PAPER}, {"edit_as": "positive", "condition_on": "next"},
-    {"edit_as": "negative"}, {"edit_as": "negative", "projector": "tanh", **PAPER}, {"edit_as": "negative", "condition_on": "both", "contrastive": False},
-    {"condition_on": "next"}, {"condition_on": "both", **PAPER}, {"condition_on": "both", "pads_in_loss": False}, {"contrastive": False},
-    {"edit_with": "insert"}, {"edit_with": "insert", **PAPER}, {"edit_with": "insert", "edit_as": "negative"}, {"edit_with": "insert", "condition_on": "next"},
-    {"edit_with": "delete"}, {"edit_with": "delete", **PAPER}, {"edit_with": "delete", "edit_as": "positive", "projector": "tanh"},
-    {"edit_with": "all", "condition_on": "both", "reduction": "sum"}, {"edit_with": "all", "views": "first"}, {"edit_with": "all", "edit_as": "negative"},
-], ids=lambda c: ",".join(str(v) for v in c.values()))  # fmt: skip
+@pytest.mark.parametrize("changes", CASES, ids=name_of)
 def test_step_equals_one_written_on_transformers(family, changes, tmp_path, monkeypatch):
     torch.manual_seed(len(str(changes)))
-    cfg = diffcse.Config(**{"lam": 0.5, "temperature": 0.3, "mask_ratio": 0.4} | changes)
-    mlm = cfg.objective != "replaced"
-    encoder, our_encoder = random_model(family, False, tmp_path, "f")
-    discriminator, _ = random_model(family, mlm, tmp_path, "d")
-    generator, our_generator = random_model("distilbert" if family == "bert" else family, True, tmp_path, "g")
-    ours = diffcse.TrainingModel(cfg, our_encoder, Words, our_generator if cfg.generates() else None,
-                                 *(ablations.discriminator(cfg, tmp_path / "d") if cfg.ablated() else [bert.load_bert(tmp_path / "d")]))  # fmt: skip
-    ours.double().train()
-    draws, draw = [], ablations.draw
-    monkeypatch.setattr(ablations, "draw", lambda *a: (draws.append(draw(*a)), draws[-1])[1])
-    head = copy.deepcopy(getattr(ours, "head", None))  # the parts that are not transformers'
-    theirs = SimpleNamespace(encoder=encoder, projector=copy.deepcopy(ours.projector), generator=generator, discriminator=discriminator,
-                             head={"replace": head} if isinstance(head, nn.Linear) else head)  # fmt: skip
-    if mlm:
-        theirs.discriminator, theirs.words = (discriminator.bert, discriminator.cls) if family == "bert" else (discriminator.roberta, discriminator.lm_head)
+    cfg = config(**changes)
+    mlm, difference = cfg.objective != "replaced", cfg.edit_as == "difference"
+    generators = "distilbert" if family == "bert" else family
+    encoder, our_encoder = random_model(family, False, tmp_path / "f")
+    discriminator, our_discriminator = random_model(family, mlm, tmp_path / "d")
+    generator, our_generator = random_model(generators, True, tmp_path / "g")
+    models = [our_generator if needs_generator(cfg) else None, None]
+    if difference:
+        models[1] = our_discriminator.bert if mlm else our_discriminator
+    mlm_head = our_discriminator.head if mlm else None
+    model = AblationModel(cfg, Words, our_encoder, *models, mlm_head=mlm_head).double().train()
+    draws, draw = [], ablations.random_subset
+    monkeypatch.setattr(
+        ablations, "random_subset", lambda *a: (draws.append(draw(*a)), draws[-1])[1]
+    )
 
-    batch = nasty_batch(6 if cfg.condition_on == "same" else 12)
-    loss, sums = ours(*batch, V=2 if cfg.condition_on == "same" else 4)
+    theirs = SimpleNamespace(encoder=encoder, generator=generator, discriminator=discriminator)
+    theirs.projector = copy.deepcopy(model.projector)
+    if difference:
+        theirs.heads = copy.deepcopy(nn.ModuleDict({"replace": model.head, **model.heads}))
+    if mlm:
+        names = ("bert", "cls") if family == "bert" else ("roberta", "lm_head")
+        theirs.discriminator, theirs.mlm_head = (getattr(discriminator, name) for name in names)
+
+    batch = nasty_batch(6, 2) if cfg.condition_on == "same" else nasty_batch(12, 4)
+    loss, metrics = model(batch)
     loss.backward()
-    expected = their_ablation(cfg, theirs, *batch, (drawn.tolist() for drawn in draws))
+    expected = reference_loss(cfg, theirs, batch, (drawn.tolist() for drawn in draws))
     expected.backward()
-    assert torch.allclose(loss, expected, rtol=1e-9) and torch.allclose(sums["loss"], expected, rtol=1e-9)
+    assert torch.allclose(loss, expected, rtol=1e-9)
+    assert torch.allclose(metrics["loss"][0], expected, rtol=1e-9)
     assert bool(draws) == (cfg.edit_with != "replace")
 
-    names = bert.FAMILIES[family]
-    assert_alike(gradients(ours.encoder, names.encoder), gradients(encoder))
-    assert_alike(gradients(ours.projector), gradients(theirs.projector))
-    assert not gradients(ours.generator) if cfg.generates() else ours.generator is None
-    if cfg.edit_as != "difference":
-        assert ours.discriminator is None and head is None
+    def renamed(name: str) -> str:
+        return bert.hf_name(name, family, "")
+
+    assert_same_gradients(gradients(model.encoder, renamed), gradients(encoder))
+    assert_same_gradients(gradients(model.projector), gradients(theirs.projector))
+    assert model.generator is None or not gradients(model.generator)
+    if not difference:
         return
-    assert_alike(gradients(ours.discriminator, names.encoder), gradients(theirs.discriminator))
+    assert_same_gradients(gradients(model.discriminator, renamed), gradients(theirs.discriminator))
     if mlm:
-        words = ours.head if cfg.objective == "masked" else ours.head["words"]
-        assert_alike(gradients(words, names.head), {n: g for n, g in gradients(discriminator).items() if not n.startswith(names.prefix)})
-    if cfg.objective == "corrected":
-        assert_alike(gradients(ours.head["copy"]), gradients(head["copy"]))
-    if cfg.objective == "replaced":
-        assert_alike(gradients(ours.head), gradients(head))
+        grads = gradients(discriminator)
+        head = {n: g for n, g in grads.items() if not n.startswith(f"{family}.")}
+        assert_same_gradients(gradients(model.mlm_head, lambda n: renamed(f"head.{n}")), head)
+    if cfg.objective != "masked":
+        ours = nn.ModuleDict({"replace": model.head, **model.heads})
+        assert_same_gradients(gradients(ours), gradients(theirs.heads))
 
 
-def test_nothing_masked_is_no_loss_and_no_gradient_but_zero():
-    for objective, head in (("masked", TimesWords()), ("corrected", nn.ModuleDict({"copy": same(), "words": TimesWords()}))):
-        model = by_hand([[2, 6, 7, 3]] * 2, [] if objective == "corrected" else None, head=head, objective=objective)
-        near(model.loss, 0 if objective == "masked" else told_apart([2, 6, 7, 3], [0] * 4)[0])
-        assert all(math.isfinite(v) for v in model.grads["encoder.embeddings.word.weight"][6])
+# ------------------------------------------------------------------------------------------------
+# Padding to a static shape, and two processes
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# What they are in terms of each other
-
-
-def tiny_model(seed: int = 0, **changes) -> diffcse.TrainingModel:
-    """A model of random weights in fp64, without dropout, with all the heads that the config asks for."""
+def tiny_model(seed: int = 0, **changes) -> AblationModel:
+    """Random weights, fp64, no dropout."""
     torch.manual_seed(seed)
-    cfg = diffcse.Config(**{"lam": 0.3, "dropout": 0.0, "generator_dropout": False, "temperature": 0.1, "mask_ratio": 0.4} | changes)
-    sizes = dict(vocab_size=60, hidden_size=16, num_attention_heads=2, intermediate_size=32, max_position_embeddings=24, initializer_range=0.3)
-    f, d = (bert.Bert(bert.BertConfig(num_hidden_layers=2, **sizes)) for _ in range(2))
-    g, words = (bert.BertForMaskedLM(bert.BertConfig(num_hidden_layers=1, **sizes)) for _ in range(2))
-    heads = {"masked": lambda D: words.head, "corrected": lambda D: nn.ModuleDict({"copy": nn.Linear(D, 2), "words": words.head}),
-             "replaced": lambda D: nn.ModuleDict({edit.__name__: nn.Linear(D, 2) for edit in ablations.EDITS[cfg.edit_with]})}  # fmt: skip
-    g, d = g if cfg.generates() else None, d if cfg.edit_as == "difference" else None
-    return diffcse.TrainingModel(cfg, f, Words, g, d, heads[cfg.objective] if cfg.ablated() else None).double().train()
+    cfg = config(**{"lam": 0.3, "temperature": 0.1, "generator_dropout": False} | changes)
+    sizes = dict(vocab_size=60, hidden_size=16, num_attention_heads=2, intermediate_size=32)
+    sizes |= dict(max_position_embeddings=24, initializer_range=0.3)
+    sizes |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    two, one = (bert.BertConfig(num_hidden_layers=n, **sizes) for n in (2, 1))
+    encoder, discriminator = bert.Bert(two), bert.Bert(two)
+    generator, mlm = bert.BertForMaskedLM(one), bert.BertForMaskedLM(one)
+    models = [generator if needs_generator(cfg) else None]
+    models.append(discriminator if cfg.edit_as == "difference" else None)
+    mlm_head = mlm.head if cfg.objective != "replaced" else None
+    return AblationModel(cfg, Words, encoder, *models, mlm_head=mlm_head).double().train()
 
 
-@pytest.mark.parametrize("projector", ["tanh", "batchnorm"])
-@pytest.mark.parametrize("edit", ["replace", "insert", "delete"])
-def test_edits_are_third_views_as_negatives_and_second_views_as_positives(projector, edit):
-    for edit_as in ("negative", "positive"):
-        model = tiny_model(lam=1.0, edit_as=edit_as, edit_with=edit, projector=projector, pads_in_loss=False)
-        batch = nasty_batch(12)
+@pytest.mark.parametrize("changes", CASES, ids=name_of)
+def test_a_static_shape_changes_nothing(changes):
+    """On a GPU, batches are padded to --max-length."""
+    model = tiny_model(**changes)
+    batch = nasty_batch(6, 2) if model.cfg.condition_on == "same" else nasty_batch(12, 4)
+    losses = []
+    for wide in (batch, batch.pad(20, Words.pad_id)):
         torch.manual_seed(5)
-        x_edited, _, mask_edited = getattr(ablations, edit)(model, *(t[::2] for t in batch), Room())
-        h, h_edited = (model.projector(model.encoder(ids, mask)[:, 0]) for ids, mask in (batch[:2], (x_edited, mask_edited)))  # each its own pass
-        first, second = h[::2], h[1::2]
-        if edit_as == "negative":
-            expected = diffcse.contrastive_loss(torch.stack([first, second, h_edited], 1), 0.1)[0]
-        else:
-            expected = sum(diffcse.contrastive_loss(torch.stack([first, other], 1), 0.1)[0] for other in (second, h_edited))
-        expected.backward()
-        want = gradients(model)
-        model.zero_grad()
-        torch.manual_seed(5)
-        loss, _ = model(*batch)
-        loss.backward()
-        assert torch.allclose(loss, expected, rtol=1e-9)
-        assert_alike(gradients(model), want)
+        losses.append(model(wide)[0])
+    assert torch.allclose(*losses, rtol=1e-9)
 
 
-def test_all_is_the_mean_of_three_losses_each_with_its_head():
-    model = tiny_model(edit_with="all")
-    batch, h = nasty_batch(6), torch.randn(6, 16, dtype=torch.float64)
-    torch.manual_seed(5)
-    loss, shares = model.predict(model, h, batch, 2, Room())
-    loss.backward()
-    want = {name: grad.clone() for name, grad in gradients(model.head).items()}
-    torch.manual_seed(5)
-    edits = [edit(model, *batch, Room()) for edit in (ablations.replace, ablations.insert, ablations.delete)]
-    model.zero_grad()
-    ones = [diffcse.discriminate(model, model.head[name], h, *edit, Room()) for name, edit in zip(("replace", "insert", "delete"), edits)]
-    mean = sum(one for one, _ in ones) / 3
-    mean.backward()
-    assert len({round(float(one.detach()), 6) for one, _ in ones}) == 3 and torch.allclose(loss, mean, rtol=1e-9)
-    assert_alike(gradients(model.head), want)
-    assert len(want) == 6 and all(grad.norm() > 0 for grad in want.values())
-    for name, share in shares.items():
-        assert share == (sum(one[name][0] for _, one in ones), sum(one[name][1] for _, one in ones))
-    assert int(shares["share_replaced"][1]) == sum(int(mask.sum()) for _, _, mask in edits)
+def results_of(process: int, processes: int, folder: str) -> None:
+    """Metrics and averaged gradients, of 4 sentences, of 2, and of 2 of which one has no masks."""
+    torch.set_num_threads(1)
+    if processes > 1:
+        meet = f"file://{folder}/meet"
+        dist.init_process_group("gloo", init_method=meet, rank=process, world_size=processes)
+    results = {}
+    for name, changes in zip(map(str, CASES), CASES):
+        model = tiny_model(**changes)
+        views = 2 if model.cfg.condition_on == "same" else 4
+        for B, masks in ((4, True), (2, True), (2, False)):
+            torch.manual_seed(B)
+            batch = nasty_batch(B * views, views)
+            if not masks:
+                batch.selected[:views] = False
+            torch.manual_seed(process)
+            model.zero_grad()
+            loss, metrics = model(batch.shard())
+            loss.backward()
+            distributed.average_gradients([p for p in model.parameters() if p.grad is not None])
+            tensors = {f"gradient of {at}": grad.clone() for at, grad in gradients(model).items()}
+            for metric, pair in metrics.items():
+                total, count = (distributed.all_reduce_sum(torch.as_tensor(v)) for v in pair)
+                tensors[metric] = total / count.clamp_min(1)
+            results[name, B, masks] = tensors
+    if processes > 1:
+        dist.destroy_process_group()
+    torch.save(results, f"{folder}/{processes}-{process}.pt")
 
 
-@pytest.mark.parametrize("changes", [{}, {"objective": "masked"}, {"objective": "corrected"}, {"edit_as": "negative"}], ids=str)
-def test_both_is_the_mean_of_two_losses_and_the_log_has_the_ratio_of_sums(changes):
-    both, following, own = (tiny_model(condition_on=whose, **changes) for whose in ("both", "next", "same"))
-    following.load_state_dict(both.state_dict())
-    own.load_state_dict({name if changes else name.replace("head.replace.", "head."): value for name, value in both.state_dict().items()})
-    batch = nasty_batch(12)
-    (_, sums), (_, one), (_, other) = both(*batch, V=4), own(*(t[::2] for t in batch), V=2), following(*batch, V=4)
-    assert torch.allclose(sums["prediction"], (one["prediction"] + other["prediction"]) / 2, rtol=1e-9) and one["prediction"] != other["prediction"]
-    assert torch.equal(sums["contrastive"], one["contrastive"]) and torch.equal(sums["contrastive"], other["contrastive"])
-    counts = [name for name in sums if name.startswith(("share", "accuracy"))]
-    assert counts and all(sums[name] == one[name] + other[name] for name in counts)
-    row = diffcse.summarise([sums, other])
-    for name in counts[::2]:
-        above, below = (float(sums[n] + other[n]) for n in (name, name + diffcse.OF))
-        assert row[name] == pytest.approx(above / below, abs=1e-6)
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> list[dict]:
+    folder = str(tmp_path_factory.mktemp("processes"))
+    results_of(0, 1, folder)
+    method = "fork" if sys.platform == "linux" else "spawn"
+    mp.start_processes(results_of, (2, folder), nprocs=2, start_method=method)
+    return [torch.load(f"{folder}/{name}.pt") for name in ("1-0", "2-0", "2-1")]
 
 
-# ----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("changes", CASES, ids=name_of)
+def test_two_processes_compute_what_one_computes(changes, results):
+    """Each draws its own insertions and deletions: with them, only the two agree."""
+    one, first, second = results
+    keys = [key for key in one if key[0] == str(changes)]
+    assert len(keys) == 3
+    for key, process in itertools.product(keys, (first, second)):
+        expected = second if "edit_with" in changes else one
+        assert expected[key].keys() == process[key].keys()
+        assert any(at.startswith("gradient of encoder") for at in process[key])
+        for at, want in expected[key].items():
+            assert want.isfinite().all()
+            assert (process[key][at] - want).norm() <= 1e-9 * want.norm() + 1e-12, (key, at)
+
+
+# ------------------------------------------------------------------------------------------------
 # The flags
 
-SMALL = ["--config", "small", "--model", str(ROOT / "assets" / "small-bert"), "--generator", str(ROOT / "assets" / "small-bert")]
+SMALL = ["--config", "small", "--model", SMALL_BERT, "--generator", SMALL_BERT]
 
 
-def built(*flags: str) -> diffcse.TrainingModel:
-    return diffcse.build(diffcse.parse_args([*SMALL, *flags])[1])[0]
+def parse(*flags: str) -> AblationConfig:
+    return cli.parse(AblationConfig, diffcse.PRESETS, [*SMALL, *flags])[1]
 
 
-def parts(model) -> list[str]:
-    return [type(part).__name__ for part in (model.generator, model.discriminator, getattr(model, "head", None))]
+def built(*flags: str) -> AblationModel:
+    return AblationModel.from_pretrained(parse(*flags))
 
 
-@pytest.mark.parametrize("flags,expected", [
-    ("", "BertForMaskedLM Bert Linear"), ("--no-contrastive", "BertForMaskedLM Bert Linear"), ("--objective masked", "NoneType Bert MLMHead"),
-    ("--objective corrected", "BertForMaskedLM Bert ModuleDict copy words"), ("--edit-with insert", "BertForMaskedLM Bert ModuleDict insert"),
-    ("--edit-with delete", "NoneType Bert ModuleDict delete"), ("--edit-with all", "BertForMaskedLM Bert ModuleDict replace insert delete"),
-    ("--edit-as positive", "BertForMaskedLM NoneType NoneType"), ("--edit-as negative --edit-with delete", "NoneType NoneType NoneType"),
-    ("--edit-as negative --edit-with all", "BertForMaskedLM NoneType NoneType"),
-    ("--text paragraphs --condition-on next", "BertForMaskedLM Bert ModuleDict replace"), ("--lam 0", "NoneType NoneType NoneType"),
-    ("--text paragraphs --condition-on both --objective masked", "NoneType Bert MLMHead"),
-])  # fmt: skip
-def test_flags_build_what_they_need_and_train_it(flags, expected):
-    model = built(*flags.split())
-    assert parts(model) + (list(model.head) if isinstance(getattr(model, "head", None), nn.ModuleDict) else []) == expected.split()
-    batch = nasty_batch(12)
-    for ids in (batch[0], batch[2]):
-        ids[ids == 1], ids[ids == 2], ids[ids == 3], ids[ids == 4] = 0, model.tokenizer.cls, model.tokenizer.sep, model.tokenizer.mask
-    loss, sums = model.train()(*batch, V=2 * model.texts)
+def parts(model: AblationModel) -> set[str]:
+    names = ("generator", "discriminator", "head", "mlm_head")
+    return {name for name in names if getattr(model, name, None)} | set(getattr(model, "heads", {}))
+
+
+def real_batch(model: AblationModel) -> Batch:
+    views = 2 if model.cfg.condition_on == "same" else 4
+    batch = nasty_batch(12, views)
+    ids = torch.tensor([0, *model.tokenizer.special_ids, *range(1000, 1030)])
+    ids[1:6] = torch.tensor(model.tokenizer.special_ids)[[2, 0, 1, 3, 4]]  # pad, cls, sep, mask
+    batch.x, batch.x_masked = ids[batch.x], ids[batch.x_masked]
+    return batch
+
+
+@pytest.mark.parametrize(
+    "flags, expected, loaded",  # loaded: of each model that is read, whether with an MLM head
+    [
+        ("", "generator discriminator head", [0, 0, 1]),
+        ("--no-contrastive", "generator discriminator head", [0, 0, 1]),
+        ("--lam 0", "", [0]),
+        ("--objective masked", "discriminator mlm_head", [0, 1]),
+        ("--objective corrected", "generator discriminator head mlm_head", [0, 1, 1]),
+        ("--edit-with insert", "generator discriminator insert", [0, 1, 0]),
+        ("--edit-with delete", "discriminator delete", [0, 0]),
+        ("--edit-with all", "generator discriminator head insert delete", [0, 1, 0]),
+        ("--edit-as positive", "generator", [0, 1]),
+        ("--edit-as positive --edit-with delete", "", [0]),
+        ("--edit-as negative --edit-with delete", "", [0]),
+        ("--edit-as negative --edit-with all", "generator", [0, 1]),
+        ("--text paragraphs --condition-on next", "generator discriminator head", [0, 1, 0]),
+        (
+            "--text paragraphs --condition-on both --objective masked",
+            "discriminator mlm_head",
+            [0, 1],
+        ),
+    ],
+)
+def test_flags_load_the_models_that_they_need_and_train_them(flags, expected, loaded, monkeypatch):
+    read, load, flags = [], bert.load_bert, flags.split()
+
+    def load_bert(folder, mlm=False, dropout=None):
+        read.append(mlm)
+        return load(folder, mlm, dropout)
+
+    monkeypatch.setattr(diffcse, "load_bert", load_bert)
+    monkeypatch.setattr(ablations, "load_bert", load_bert)
+    model, expected = built(*flags), set(expected.split())
+    assert parts(model) == expected and read == loaded
+    if "generator" in expected:
+        with pytest.raises(UserError, match="nowhere"):
+            built(*flags, "--generator", "./nowhere")
+    else:
+        built(*flags, "--generator", "./nowhere")
+    loss, metrics = model.train()(real_batch(model))
     loss.backward()
-    assert loss.isfinite() and ("prediction" in sums) == ("--lam 0" not in flags)
-    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.norm() > 0}
-    assert trained == {"encoder", "projector"} | {part for part in ("discriminator", "head") if getattr(model, part, None) is not None}
-    if "all" in flags.split() and "ModuleDict" in expected:
-        assert all(head.weight.grad.norm() > 0 for head in model.head.values())
-    assert model.cfg.ablated() == (flags not in ("", "--no-contrastive", "--lam 0")) and (model.predict is diffcse.difference_prediction) != model.cfg.ablated()
+    assert loss.isfinite() and ("difference" in metrics) == ("--lam" not in flags)
+    grads = [n for n, p in model.named_parameters() if p.grad is not None and p.grad.norm() > 0]
+    trained = {name.removeprefix("heads.").partition(".")[0] for name in grads}
+    assert trained == {"encoder", "projector"} | expected - {"generator"}
+    assert model.cfg.is_ablation == (flags not in ([], ["--no-contrastive"], ["--lam", "0"]))
 
 
-@pytest.mark.parametrize("flags,told", [
-    ("--condition-on next", "--text paragraphs"), ("--condition-on both --objective masked", "--text paragraphs"),
-    ("--objective masked --edit-with insert", "--objective is masked"), ("--objective corrected --edit-as negative", "--objective is corrected"),
-    ("--no-contrastive --lam 0", "--contrastive is False"), ("--contrastive off --lam 0", "--contrastive is False"),
-    ("--edit-with insert --lam 0", "--lam is 0.0"), ("--objective masked --lam 0", "--lam is 0.0"), ("--edit-as negative --lam 0", "--lam is 0.0"),
-    ("--text paragraphs --condition-on both --lam 0", "--lam is 0.0"),
-    ("--text paragraphs --train-file docs", "--text is paragraphs"), ("--objective words", "replaced, masked, corrected"),
-    ("--edit-with shuffle", "replace, insert, delete, all"), ("--edit-as neutral", "difference, positive, negative"),
-])  # fmt: skip
-def test_flags_that_do_not_go_together_are_refused(flags, told):
-    with pytest.raises(UserError) as refused:
-        diffcse.parse_args([*SMALL, *flags.split()])
-    assert told in str(refused.value) and "\n" not in str(refused.value)
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--condition-on next", "--text paragraphs"),
+        ("--condition-on both --objective masked", "--text paragraphs"),
+        ("--objective masked --edit-with insert", "--objective is masked"),
+        ("--objective corrected --edit-as negative", "--objective is corrected"),
+        ("--no-contrastive --lam 0", "--contrastive is False"),
+        ("--edit-with insert --lam 0", "--lam is 0.0"),
+        ("--objective masked --lam 0", "--lam is 0.0"),
+        ("--edit-as negative --lam 0", "--lam is 0.0"),
+        ("--text paragraphs --condition-on both --lam 0", "--lam is 0.0"),
+        ("--objective words", "replaced, masked, corrected"),
+        ("--edit-with shuffle", "replace, insert, delete, all"),
+        ("--edit-as neutral", "difference, positive, negative"),
+        ("--edit-wiht all", "did you mean --edit-with"),
+    ],
+)
+def test_flags_that_exclude_each_other_are_refused(flags, message):
+    with pytest.raises(UserError) as error:
+        parse(*flags.split())
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_sentence_with_what_is_put_in_must_fit_the_model():
-    for edit in ("insert", "all"):
-        with pytest.raises(UserError, match=r"--max-length is 120\b.*\b156\b.*128"):  # 0.3 of 118 words are 35.4
+def test_a_sentence_with_insertions_must_fit_the_models():
+    for edit in ("insert", "all"):  # 0.3 of 118 words are 35.4
+        with pytest.raises(UserError, match=r"--max-length is 120\b.*\b156\b.*128"):
             built("--max-length", "120", "--edit-with", edit)
-    with pytest.raises(UserError, match=r"--max-length is 101\b.*\b129\b.*128"):  # 0.28 of 99 are 27.7
-        built("--max-length", "101", "--edit-with", "insert", "--mask-ratio", "0.28")
-    model = built("--max-length", "100", "--edit-with", "insert", "--mask-ratio", "0.28")  # 27.4: 128 tokens at most
-    x = torch.full((16, 100), 1000)
-    x[:, 0], x[:, -1], real = model.tokenizer.cls, model.tokenizer.sep, torch.ones(16, 100, dtype=torch.bool)
-    x_edited, changed, _ = ablations.insert(model, x, real, x, real, Room())
+    inserting = ("--edit-with", "insert", "--mask-ratio", "0.28")
+    with pytest.raises(UserError, match=r"--max-length is 101\b.*\b129\b.*128"):  # 27.7
+        built("--max-length", "101", *inserting)
+    model = built("--max-length", "100", *inserting)  # 27.4: 128 tokens at most
+    x, mask = torch.full((16, 100), 1000), torch.ones(16, 100, dtype=torch.bool)
+    x[:, 0], x[:, -1] = model.tokenizer.cls_id, model.tokenizer.sep_id
+    x_edited, changed, _ = insert(model, Batch(x, mask, x, mask))
     assert x_edited.shape[1] == 128 and set(changed.sum(1).tolist()) == {27, 28}
     built("--max-length", "128", "--edit-with", "delete")
 
 
-def test_a_generator_is_looked_for_only_where_one_writes(tmp_path):
-    nowhere = ["--generator", str(tmp_path / "nowhere")]
-    for flags in ("--objective masked", "--edit-with delete", "--edit-with delete --edit-as positive", "--lam 0"):
-        assert built(*nowhere, *flags.split()).generator is None
-    for flags in ("", "--objective corrected", "--edit-with insert", "--edit-with all", "--edit-as negative"):
-        with pytest.raises(UserError, match="nowhere"):
-            built(*nowhere, *flags.split())
+@pytest.mark.parametrize("objective", ["masked", "corrected"])
+def test_the_masked_language_model_is_the_pretrained_one(objective):
+    pretrained = bert.load_bert(SMALL_BERT, mlm=True)
+    model = built("--objective", objective)
+    for ours, theirs in ((model.mlm_head, pretrained.head), (model.discriminator, pretrained.bert)):
+        states = zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in states)
+        assert all(p.requires_grad for p in ours.parameters())
+    words = [part.embeddings.word.weight for part in (model.discriminator, model.encoder)]
+    assert words[0].data_ptr() != words[1].data_ptr()
 
 
-def test_no_discriminator_is_read_where_edits_are_compared_with_sentences(monkeypatch):
-    read, load = [], bert.load_bert
-    for module in (diffcse, ablations):
-        monkeypatch.setattr(module, "load_bert", lambda folder, mlm=False: (read.append(mlm), load(folder, mlm))[1])
-    for flags, models in (("", [0, 1, 0]), ("--edit-as positive", [0, 1]), ("--edit-as negative --edit-with delete", [0]), ("--objective masked", [0, 1]),
-                          ("--edit-with all", [0, 1, 0]), ("--objective corrected", [0, 1, 1])):  # fmt: skip
-        read.clear()
-        built(*flags.split())
-        assert read == models  # encoder, generator, discriminator: with a masked-LM head?
-
-
-def test_the_masked_language_model_is_the_pretrained_one():
-    pretrained = bert.load_bert(ROOT / "assets" / "small-bert", mlm=True)
-    for objective in ("masked", "corrected"):
-        model = built("--objective", objective)
-        head = model.head if objective == "masked" else model.head["words"]
-        for ours, theirs in ((head, pretrained.head), (model.discriminator, pretrained.bert)):
-            assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
-            assert all(p.requires_grad for p in ours.parameters())
-        assert model.discriminator is not model.encoder and model.discriminator.embeddings.word.weight is not model.encoder.embeddings.word.weight
-
-
-def test_without_these_flags_their_code_is_not_imported():
-    code = """
-import sys, torch, diffcse
-for flags in [], ["--no-contrastive"], ["--lam", "0"], ["--edit-with", "delete"]:
-    model, _ = diffcse.build(diffcse.parse_args(sys.argv[1:] + flags)[1])
-    x = torch.full((4, 5), 9)
-    model(x, x > 0, x, x > 0)[0].backward()
-    print("lab.ablations" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code, *SMALL], cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert done.stdout.split() == ["False", "False", "False", "True"], done.stderr
-
-
-def test_the_projector_starts_alike_for_a_seed_whatever_else_is_trained():
-    def start(*flags: str) -> dict:
-        torch.manual_seed(7)
+def test_new_layers_start_alike_for_a_seed_in_every_ablation():
+    def start(*flags: str, seed: int = 7) -> dict:
+        torch.manual_seed(seed)
         return built(*flags).state_dict()
 
     plain = start()
-    for flags in ("--objective masked", "--objective corrected", "--edit-with all", "--edit-as negative", "--text paragraphs --condition-on both", "--lam 0"):
+    torch.manual_seed(7)
+    core = diffcse.DiffCSEModel.from_pretrained(parse()).state_dict()
+    assert core.keys() == plain.keys() and all(torch.equal(core[n], plain[n]) for n in core)
+    names = [name for name in plain if name.startswith(("projector", "encoder"))]
+    assert len(names) > 50
+    for flags in (
+        *("--objective masked", "--objective corrected", "--edit-with all", "--edit-as negative"),
+        *("--text paragraphs --condition-on both", "--lam 0"),
+    ):
         other = start(*flags.split())
-        names = [name for name in plain if name.startswith(("projector", "encoder"))]
-        assert len(names) > 50 and all(torch.equal(plain[name], other[name]) for name in names)
-        for head in ("head.replace", "head.copy"):
-            assert head + ".weight" not in other or torch.equal(other[head + ".weight"], plain["head.weight"])
-    torch.manual_seed(8)
-    assert not torch.equal(built().projector[0].weight, plain["projector.0.weight"])
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Two ranks
-
-COMPARED = {
-    "masked": {"objective": "masked"}, "corrected": {"objective": "corrected", "pads_in_loss": False}, "both": {"condition_on": "both", "views": "first"},
-    "masked-both": {"objective": "masked", "condition_on": "both"}, "positive": {"edit_as": "positive", "projector": "tanh"},
-    "negative": {"edit_as": "negative", "projector": "tanh"}, "positive-batchnorm": {"edit_as": "positive"}, "negative-batchnorm": {"edit_as": "negative"},
-    "alone": {"objective": "corrected", "contrastive": False, "condition_on": "next"}, "negative-both": {"edit_as": "negative", "condition_on": "both"},
-}  # fmt: skip
-DRAWN = {"insert": {"edit_with": "insert"}, "all": {"edit_with": "all"}, "deletions": {"edit_with": "delete", "edit_as": "negative", "projector": "tanh"}}
-
-
-def on_ranks(rank: int, world: int, folder: str) -> None:
-    """Losses and gradients of batches of few sentences: one sentence leaves the first of two ranks without any. BatchNorm of edits wants two."""
-    torch.set_num_threads(1)
-    if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    results = {}
-    for name, changes in (COMPARED | DRAWN).items():
-        model = tiny_model(**changes)
-        V = 2 * model.texts
-        for n in (4, 2 if model.cfg.edit_as != "difference" and model.cfg.projector == "batchnorm" else 1, 3):
-            torch.manual_seed(n)
-            batch = nasty_batch(n * V)
-            torch.manual_seed(rank)
-            model.zero_grad()
-            loss, sums = model(*(t[ranks.part(n, V)] for t in batch), V, Room(sentences=n))
-            loss.backward()
-            grads = gradients(model)
-            ranks.add_up(list(grads.values()))
-            results[name, n] = {**sums, **{f"gradient of {at}": grad.clone() for at, grad in grads.items()}}
-    if world > 1:
-        dist.destroy_process_group()
-    torch.save(results, f"{folder}/{world}-{rank}.pt")
-
-
-@pytest.fixture(scope="module")
-def of_ranks(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("ranks")
-    on_ranks(0, 1, str(folder))
-    mp.start_processes(on_ranks, (2, str(folder)), nprocs=2, start_method="fork" if sys.platform == "linux" else "spawn")
-    return [torch.load(folder / f"{name}.pt") for name in ("1-0", "2-0", "2-1")]
-
-
-@pytest.mark.parametrize("name", COMPARED)
-def test_two_ranks_give_what_one_gives(name, of_ranks):
-    one, *two = of_ranks
-    batches = [key for key in one if key[0] == name]
-    assert len(batches) == 3 and all(any(at.startswith("gradient of") for at in one[key]) for key in batches)
-    for key, rank in itertools.product(batches, two):
-        assert one[key].keys() == rank[key].keys()
-        for at, want in one[key].items():
-            assert (rank[key][at] - want).norm() <= 1e-9 * want.norm() + 1e-12, (key, at)
-
-
-@pytest.mark.parametrize("name", DRAWN)
-def test_ranks_draw_their_own_edits_and_have_one_gradient(name, of_ranks):
-    one, first, second = of_ranks
-    for key in (key for key in one if key[0] == name):
-        assert one[key].keys() == first[key].keys() == second[key].keys()
-        assert all(torch.equal(first[key][at], second[key][at]) and value.isfinite().all() for at, value in first[key].items())
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# At the edges
+        assert all(torch.equal(plain[name], other[name]) for name in names)
+        assert torch.equal(other.get("head.weight", plain["head.weight"]), plain["head.weight"])
+    assert not torch.equal(start(seed=8)["projector.0.weight"], plain["projector.0.weight"])
 
 
 @pytest.mark.parametrize("use", ["positive", "negative"])
 @pytest.mark.parametrize("projector", ["batchnorm", "tanh"])
-def test_a_last_batch_of_one_sentence_has_a_finite_loss(use, projector):
-    cfg = diffcse.parse_args(["--config", "small", "--edit-as", use, "--projector", projector])[1]
-    model, tokenizer = diffcse.build(cfg)
-    x = torch.tensor(tokenizer(["a man plays the guitar"] * 2, 32))
+def test_a_batch_of_one_sentence_has_a_finite_loss(use, projector):
+    model = built("--edit-as", use, "--projector", projector).train()
+    x = torch.tensor(model.tokenizer(["a man plays the guitar"] * 2, 32))
     mask = torch.ones_like(x, dtype=torch.bool)
-    loss, sums = model.train()(x, mask, x, mask)
+    loss, metrics = model(Batch(x, mask, x, mask))
     loss.backward()
-    assert all(value.isfinite() for value in sums.values()) and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    assert use == "negative" or sums["prediction"] == 0
+    assert all(torch.as_tensor(value).isfinite() for value, _ in metrics.values())
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert use == "negative" or metrics["difference"][0] == 0
 
 
-def test_no_more_is_put_in_than_there_is_room_for(monkeypatch):
-    monkeypatch.setattr(torch, "rand", lambda shape, device=None: torch.full(shape, 1 - 2**-24))
-    of, share = torch.arange(2000), torch.linspace(0, 1, 41).tolist()
-    for ratio in share:
-        assert ablations.how_many(of, ratio).tolist() == [math.ceil(ratio * n) for n in of.tolist()]
+# ------------------------------------------------------------------------------------------------
+# The command
 
 
-def test_an_installed_package_without_the_ablations_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lab", None)
-    monkeypatch.delitem(sys.modules, "lab.ablations", raising=False)
-    with pytest.raises(UserError, match="lab/ablations.py is beside diffcse.py in the repository; an installed package has it not"):
-        diffcse.build(diffcse.parse_args(["--config", "small", "--edit-with", "insert"])[1])
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("files")
+    lines = [f"The {a} man plays {b}." for a in ("old", "young") for b in ("chess", "piano", "go")]
+    (folder / "text.txt").write_text("\n".join(lines))
+    pairs = ["a\tb\tscore", "the cat\tthe dog\t3", "red\tblue\t1", "one two\tone two three\t5"]
+    (folder / "pairs.tsv").write_text("\n".join(pairs))
+    paths = ["--train-file", str(folder / "text.txt"), "--score", str(folder / "pairs.tsv")]
+    return [*paths, "--steps", "4", "--batch-size", "4", "--log-every", "1"]
+
+
+def log_of(folder: Path) -> list[dict]:
+    rows = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    timing = ("seconds", "sentences_per_second")
+    return [{name: v for name, v in row.items() if name not in timing} for row in rows]
+
+
+def test_the_command_with_default_flags_computes_what_diffcse_computes(files, tmp_path):
+    command = [sys.executable, "-m", "lab.ablations", *SMALL, *files, "--out-dir"]
+    done = subprocess.run([*command, tmp_path / "lab"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    arguments = [*SMALL, *files, "--out-dir", str(tmp_path / "core")]
+    diffcse.train(cli.parse(diffcse.Config, diffcse.PRESETS, arguments)[1])
+    assert log_of(tmp_path / "lab") == log_of(tmp_path / "core")
+
+
+def test_a_stopped_ablation_resumes_to_the_same_end(files, tmp_path, monkeypatch, capsys):
+    """Running text with next sentences, and random edits."""
+    flags = [*files, "--text", "paragraphs", "--condition-on", "both", "--edit-with", "all"]
+    diffcse.train(parse(*flags, "--out-dir", str(tmp_path / "whole")), "run", AblationModel)
+    assert "5 sentences" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "stop_requested", lambda run: run.step == 2)
+        with pytest.raises(SystemExit):
+            diffcse.train(parse(*flags, "--out-dir", str(tmp_path / "cut")), "run", AblationModel)
+    resume = ["--resume", str(tmp_path / "cut")]
+    with pytest.raises(UserError, match="python -m lab.ablations --resume"):
+        cli.parse(diffcse.Config, diffcse.PRESETS, resume)
+    cfg = cli.parse(AblationConfig, diffcse.PRESETS, resume)[1]
+    diffcse.train(cfg, "run", AblationModel)
+    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")

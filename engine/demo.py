@@ -1,0 +1,46 @@
+"""The end of `python diffcse.py --config demo`: the baseline beside it, and nearest sentences.
+
+Without this file the demo would end with a table of one run.
+"""
+
+import textwrap
+
+from data import read_sentences
+from embed import DiffCSE
+from engine.hub import find_text
+from eval_sts import format_table
+
+QUERIES = (
+    "The band released its second album in the spring.",
+    "He was elected to the city council.",
+    "Heavy rain caused floods in several villages.",
+)
+TOP_K = 2
+
+
+def show(cfg, diffcse: dict, simcse: dict) -> None:
+    """diffcse, simcse: the results of two runs, whose settings differ in lam alone."""
+    if not diffcse:  # not the main process
+        return
+    rows = {
+        "BERT, first-last average": diffcse["before_first_last"],
+        "BERT, [CLS] (before)": diffcse["before"],
+        "SimCSE (lam = 0)": simcse["after"],
+        "DiffCSE": diffcse["after"],
+    }
+    test_set = list(diffcse["after"])[-1]  # the sets before it select the step
+    print("\nSpearman x 100 on the test pairs")
+    print(format_table(rows, [test_set]))
+
+    sentences = [row[0] for row in read_sentences(find_text(cfg.train_file, cfg.data))]
+    print(f"\nNearest of the {len(sentences):,} training sentences, before and after")
+    hits = []
+    for folder in (cfg.model, diffcse["folder"]):
+        model = DiffCSE(folder)
+        model.build_index(sentences)
+        hits.append(model.search(list(QUERIES), threshold=-1, top_k=TOP_K))
+    for query, before, after in zip(QUERIES, *hits):
+        print(f"\n{query}")
+        for label, found in (("before", before), ("after", after)):
+            for sentence, cosine in found:
+                print(f"  {label:<7}{cosine:.2f}  {textwrap.shorten(sentence, 84)}")

@@ -1,0 +1,489 @@
+"""A run's folder, log and checkpoints; how it is stopped and resumed.
+
+    runs/demo-1/
+        config.json        settings; --resume refuses others
+        log.jsonl          one line per log_every steps and per evaluation
+        best/              the best model so far, for embed.py, sentence-transformers, transformers
+        state.safetensors  the state from which a run resumes exactly; deleted at the end
+        results.json       written last: a run that has it is finished
+
+Without this file training would work, and print nothing, keep nothing and start from step 0.
+Only the main process writes. Batches, masks and dropout are functions of (seed, step), so no random
+state is kept.
+"""
+
+import contextlib
+import errno
+import itertools
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+import torch.nn as nn
+from torch import Tensor
+from tqdm import tqdm
+
+from bert import ModelError, read_safetensors, write_safetensors
+from engine import distributed
+from engine.cli import program
+from engine.errors import UserError, atomic_file, restore_folder, write_atomically
+from engine.hub import local_folder
+from engine.model_folder import MAX_LENGTH, LoadedModel, model_card, save_model
+from engine.tokens import TokenizedSentences
+
+STATE, LOCK = "state.safetensors", ".lock"
+SAVED = "name command checksum step best best_step scores earlier_seconds log_size".split()
+Metrics = dict[str, tuple[Tensor | float, Tensor | float]]  # (sum, count) of each
+CHECKED = {  # metrics that must be finite
+    "contrastive": "the contrastive loss",
+    "difference": "the discriminator's loss",
+    "grad_norm": "the gradient",
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# Device
+
+
+def pick_device(device: str, amp: str) -> tuple[torch.device, torch.dtype | None]:
+    """The device, and the type of mixed precision (None: fp32). Raises: UserError."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    names = [name for name in available if available[name]]
+    name = names[0] if device == "auto" else device
+    if name not in names:
+        raise UserError(f"--device {name} is not available (available: {', '.join(names)})")
+    supported = {"cuda": ["off", "bf16", "fp16"], "cpu": ["off", "bf16"], "mps": ["off"]}[name]
+    if amp == "auto":
+        amp = best_amp(name)
+    if amp not in supported:
+        raise UserError(f"--amp {amp} does not work on {name}; use {' or '.join(supported)}")
+    dtypes = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.device(name), dtypes[amp]
+
+
+def best_amp(device: str) -> str:
+    """bf16 where the hardware multiplies it, fp16 on older cards."""
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, so may be missing
+    in_hardware = device == "cpu" and any(getattr(torch.cpu, test, bool)() for test in tests)
+    return "bf16" if in_hardware else "off"
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """The part of a run's circumstances that moves its numbers."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "tokenizers": tokenizers.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "processes": distributed.world_size(),
+    }
+
+
+# ------------------------------------------------------------------------------------------------
+# Folder
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[Path]:
+    """Hold the folder for this process; the system releases it however the process ends.
+
+    Raises: UserError if another process holds it. Windows has no such lock: nothing is held.
+    """
+    try:
+        file = open(folder / LOCK, "a+")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    with file, contextlib.suppress(ImportError):
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(
+                f"{folder} is in use by another run (process {file.read().strip()}); wait for it, "
+                "or use another --out-dir"
+            ) from None
+        with contextlib.suppress(OSError):  # the disk may be full
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+        yield folder
+
+
+@contextlib.contextmanager
+def new_folder(out_dir: str, name: str) -> Iterator[Path]:
+    """An empty folder, held: out_dir, or the next of runs/NAME-1, -2, ... Raises: UserError."""
+    numbered = (Path("runs") / f"{name}-{i}" for i in itertools.count(1))
+    folder = Path(os.path.expanduser(out_dir)) if out_dir else next(numbered)
+    try:
+        while not out_dir and folder.exists():
+            folder = next(numbered)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create --out-dir {folder}: {error.strerror}") from None
+    with locked(folder):
+        files = {f.name for f in folder.iterdir() if f.name != LOCK and f.suffix != ".tmp"}
+        if "config.json" in files and "results.json" not in files:
+            raise UserError(
+                f"--out-dir {folder} has an unfinished run; resume it with: {program()} "
+                f"--resume {folder}, or use another folder"
+            )
+        if files:
+            raise UserError(f"--out-dir {folder} is not empty; delete it, or use another folder")
+        yield folder
+
+
+# ------------------------------------------------------------------------------------------------
+# State: tensors and one JSON object in a safetensors file, from which no code can run
+
+
+def save_state(folder: Path, tensors: dict[str, Tensor], run_state: dict) -> None:
+    text = torch.frombuffer(bytearray(json.dumps(run_state).encode()), dtype=torch.uint8)
+    with atomic_file(folder / STATE, f"after fixing this, resume with --resume {folder}") as file:
+        write_safetensors(file, tensors | {"run_state": text})
+
+
+def load_state(folder: Path) -> tuple[dict[str, Tensor], dict]:
+    """What save_state wrote; empty if the run was stopped before. Raises: UserError."""
+    if not (folder / STATE).is_file():
+        return {}, {}
+    try:
+        tensors = read_safetensors(folder / STATE)
+        return tensors, json.loads(tensors.pop("run_state").numpy().tobytes())
+    except (KeyError, ValueError) as error:
+        reason = str(error) if isinstance(error, ModelError) else "not a run's state"
+        raise UserError(f"{folder / STATE}: {reason}; delete it to start again") from None
+
+
+def state_dict(
+    model: nn.Module, optimizer: torch.optim.Optimizer, pending: list[Metrics]
+) -> dict[str, Tensor]:
+    """All tensors that the rest of a run depends on. The frozen generator is read from its folder.
+
+    pending: the metrics of the steps since the last line of the log.
+    """
+    tensors = {
+        f"model.{name}": tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("generator.")
+    }
+    for i, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
+    for name in pending[0] if pending else ():
+        rows = [torch.stack([torch.as_tensor(v).cpu().double() for v in m[name]]) for m in pending]
+        tensors[f"pending.{name}"] = torch.stack(rows)  # (steps, 2)
+    return tensors
+
+
+def load_state_dict(
+    tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> list[Metrics]:
+    """The inverse of state_dict. Returns `pending`."""
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "pending": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensor
+    names = [name for name in model.state_dict() if name.startswith("generator.")]
+    model.load_state_dict(parts["model"] | {name: model.state_dict()[name] for name in names})
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in parts["optimizer"].items():
+        i, _, kind = name.partition(".")
+        moments.setdefault(int(i), {})[kind] = tensor.clone()  # not a view of the file
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    rows = parts["pending"]
+    steps = len(next(iter(rows.values()))) if rows else 0
+    return [{name: tuple(rows[name][i].clone()) for name in rows} for i in range(steps)]
+
+
+class Stop:
+    """The first Ctrl-C or SIGTERM is only noted, in `signal`; a second one acts at once."""
+
+    signal = 0
+
+    def __enter__(self) -> "Stop":
+        self.handlers = {}
+        with contextlib.suppress(ValueError):  # only a main thread handles signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.handle)
+        return self
+
+    def handle(self, number: int, frame) -> None:
+        self.signal = number
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun repeats the terminal's signal
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------
+# The run
+
+
+class Run:
+    """`with Run(cfg, name, device, amp) as run:`. The training loop calls it; it never drives.
+
+    Attributes: folder; step, the number of steps taken; best, best_step; pending, the metrics of
+    the steps since the last line of the log.
+    """
+
+    def __init__(self, cfg, name: str, device: torch.device, amp: torch.dtype | None):
+        self.cfg, self.device, self.name = cfg, device, name
+        self.precision = str(amp).removeprefix("torch.") if amp else "fp32"
+        self.command = shlex.join(["python", *sys.orig_argv[1:]])
+        self.settings = json.dumps(asdict(replace(cfg, out_dir="", resume="")), indent=2) + "\n"
+        self.folder: Path | None = None
+        self.step, self.best, self.best_step = 0, -math.inf, 0
+        self.scores: dict[str, dict[str, float]] = {}  # before training
+        self.pending: list[Metrics] = []
+        self.earlier_seconds, self.log_size = 0.0, 0
+        self.started = self.saved = self.logged = time.monotonic()
+        self.stack = contextlib.ExitStack()
+        self.bar = tqdm(disable=True)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.stack.close()
+        if isinstance(error, OSError) and self.folder:
+            raise UserError(
+                f"cannot write to {self.folder}: {error.strerror or error}. After fixing this, "
+                f"resume with: {program()} --resume {self.folder}"
+            ) from None
+
+    def begin(self, model, optimizer, scaler, sentences: TokenizedSentences, total: int) -> None:
+        """Create the folder, or continue from its state. Raises: UserError."""
+        cfg, main = self.cfg, distributed.is_main()
+        self.model, self.optimizer, self.scaler, self.total = model, optimizer, scaler, total
+        folder = None
+        if main:
+            folder = locked(Path(cfg.resume)) if cfg.resume else new_folder(cfg.out_dir, self.name)
+            folder = self.stack.enter_context(folder)
+        self.folder = distributed.broadcast(folder)
+        if (self.folder / "results.json").is_file():
+            raise UserError(f"{self.folder} is a finished run: it has a results.json")
+        self.stop = self.stack.enter_context(Stop())
+        self.checksum = sentences.checksum
+        tensors, state = load_state(self.folder)
+        vars(self).update({name: state[name] for name in SAVED if name in state})
+        if self.checksum != sentences.checksum:
+            raise UserError(
+                f"{cfg.train_file} has changed since {self.folder} started, so the run cannot be "
+                "resumed exactly"
+            )
+        if tensors:
+            self.pending = load_state_dict(tensors, model, optimizer)
+            if scaler.is_enabled() and state["scaler"]:
+                scaler.load_state_dict(state["scaler"])
+        self.first_step = self.step
+        if not main:
+            return
+        restore_folder(self.folder / "best")
+        if not cfg.resume:
+            write_atomically(self.folder / "config.json", self.settings)
+        if not state:
+            save_state(self.folder, {}, {"name": self.name, "command": self.command})
+        self.log_file = self.stack.enter_context(open(self.folder / "log.jsonl", "ab", buffering=0))
+        self.log_file.truncate(self.log_size)  # the steps after the last checkpoint are repeated
+        processes = distributed.world_size()
+        print(
+            f"{self.name}: {len(sentences):,} sentences, {total:,} steps of {cfg.batch_size}, "
+            f"{self.device.type}{f' x {processes}' * (processes > 1)}, {self.precision}, seed "
+            f"{cfg.seed}, in {self.folder}" + f", from step {self.step}" * (self.step > 0)
+        )
+        sizes = {"total": total * cfg.batch_size, "initial": self.step * cfg.batch_size}
+        self.bar = tqdm(**sizes, unit=" sentences", unit_scale=True, disable=None)
+        self.stack.callback(self.bar.close)
+
+    def seconds(self) -> float:
+        return round(self.earlier_seconds + time.monotonic() - self.started, 1)
+
+    def add(self, metrics: Metrics) -> None:
+        """The metrics of one step."""
+        self.pending.append(metrics)
+        self.step += 1
+        self.bar.update(self.cfg.batch_size)
+
+    def log_due(self) -> bool:
+        return self.step == 1 or self.step % self.cfg.log_every == 0 or self.eval_due()
+
+    def eval_due(self) -> bool:
+        return self.step % self.cfg.eval_every == 0 or self.step == self.total
+
+    def save_due(self) -> bool:
+        minutes = (time.monotonic() - self.saved) / 60
+        return minutes >= self.cfg.save_minutes or self.step == self.total
+
+    def check_finite(self) -> None:
+        """Raises: UserError that names the step at which the run diverged."""
+        advice = "try a lower --lr, or --amp off. " + (
+            f"{self.folder / 'best'} is the model of step {self.best_step}"
+            if self.best_step
+            else "No model was saved yet"
+        )
+        if self.scaler.is_enabled():  # fp16: an overflow is a step that the scaler skips
+            if self.scaler.get_scale() < 1:
+                raise UserError(f"fp16 overflowed at all steps up to {self.step}: {advice}")
+            return
+        for i, metrics in enumerate(self.pending, self.step - len(self.pending) + 1):
+            for name, label in CHECKED.items():
+                if name in metrics and not math.isfinite(metrics[name][0]):
+                    raise UserError(f"{label} is NaN or infinite at step {i}: {advice}")
+
+    def log(self, **row: float | None) -> None:
+        """Append a line to log.jsonl."""
+        if not distributed.is_main():
+            return
+        line = (json.dumps({"seconds": self.seconds(), **row}) + "\n").encode()
+        if not os.fstat(self.log_file.fileno()).st_nlink:
+            raise UserError(f"{self.folder} was deleted during the run")
+        if self.log_file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def log_metrics(self, lr: float) -> None:
+        """The means of the metrics since the last line; of a ratio, over all counts.
+
+        Raises: UserError if a loss or the gradient is NaN or infinite.
+        """
+        self.check_finite()
+        row = {}
+        for name in self.pending[-1]:
+            values = [
+                [torch.as_tensor(v, device=self.device) for v in m[name]] for m in self.pending
+            ]
+            sums = torch.stack([torch.stack(v).float() for v in values]).sum(0)  # (2,)
+            total, count = distributed.all_reduce_sum(sums).tolist()
+            mean = total / count if count else math.nan
+            row[name] = round(mean, 6) if math.isfinite(mean) else None  # JSON has no NaN
+        taken, now = min(len(self.pending), self.step - self.first_step), time.monotonic()
+        speed = taken * self.cfg.batch_size / (now - self.logged)
+        self.log(step=self.step, lr=lr, sentences_per_second=round(speed, 1), **row)
+        self.bar.set_postfix_str(f"loss {row['loss'] or math.nan:.4f}", refresh=False)
+        self.pending, self.logged = [], now
+
+    def log_scores(self, scores: dict[str, float], title: str) -> None:
+        """The scores of an evaluation. The time since the last log_metrics is not training."""
+        comment = " (before training)" if self.step == 0 else ""
+        if self.step and self.is_best(scores):
+            comment = " (best so far)"
+        if self.step == 0:
+            self.scores["dev_before"] = scores
+        self.log(step=self.step, **scores)
+        self.bar.write(f"step {self.step:>6}  {title}: {scores['score']:.2f}{comment}")
+        self.logged = time.monotonic()
+
+    def is_best(self, scores: dict[str, float]) -> bool:
+        return scores["score"] > self.best
+
+    def best_model(self) -> LoadedModel:
+        encoder = self.model.encoder
+        max_length = min(encoder.max_length, max(self.cfg.max_length, MAX_LENGTH))
+        return LoadedModel(encoder, self.model.tokenizer, self.cfg.pooling, max_length)
+
+    def save_best(self, scores: dict[str, float]) -> None:
+        self.best, self.best_step = scores["score"], self.step
+        card = self.card({"before": self.scores["dev_before"], "after": scores})
+        save_model(self.best_model(), self.folder / "best", card, run_config=self.settings)
+
+    def card(self, columns: dict[str, dict[str, float]]) -> str:
+        rows = [f"| x 100 | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        for key in columns["after"]:
+            values = [f"{scores.get(key, math.nan):.2f}" for scores in columns.values()]
+            rows.append(f"| {key} | {' | '.join(values)} |")
+        circumstances = ", ".join(f"{k} {v}" for k, v in machine(self.device).items())
+        text = (
+            f"Trained by DiffCSE (Chuang et al., NAACL 2022) from `{self.cfg.model}`, config "
+            f"`{self.name}`, seed {self.cfg.seed}, step {self.best_step}.\n\n"
+            f"    {self.command}\n\n" + "\n".join(rows) + f"\n\nWith {circumstances}."
+        )
+        base = "" if local_folder(self.cfg.model) else self.cfg.model.partition("@")[0]
+        return model_card(self.folder.name, self.best_model(), text, base)
+
+    def save(self) -> None:
+        """The state from which the run resumes exactly."""
+        if distributed.is_main():
+            self.check_finite()
+            os.fsync(self.log_file.fileno())
+            self.log_size = os.fstat(self.log_file.fileno()).st_size
+            state = {name: getattr(self, name) for name in SAVED}
+            state |= {"earlier_seconds": self.seconds(), "scaler": self.scaler.state_dict()}
+            save_state(self.folder, state_dict(self.model, self.optimizer, self.pending), state)
+        self.saved = time.monotonic()
+
+    def stop_requested(self) -> bool:
+        """Whether Ctrl-C or SIGTERM has reached any process."""
+        self.stop.signal = distributed.all_reduce_max(self.stop.signal)
+        return self.stop.signal > 0
+
+    def exit(self) -> None:
+        """End the process after a request to stop, once the main process has saved."""
+        distributed.all_reduce_max(0)
+        if distributed.is_main():
+            self.bar.close()
+            resume = f"{program()} --resume {shlex.quote(str(self.folder))}"
+            print(f"stopped after step {self.step}; resume with: {resume}", file=sys.stderr)
+        sys.exit(128 + self.stop.signal)
+
+    def finish(self, after: dict[str, float], table: Callable) -> dict:
+        """Complete best/README.md, write results.json, print. Returns the content of results.json.
+
+        after: the best model's scores; table: from named scores to text.
+        """
+        self.bar.close()
+        before, first_last = self.scores["before"], self.scores["first_last"]
+        rows = {"before, first-last average": first_last, "before": before, "after": after}
+        write_atomically(self.folder / "best" / "README.md", self.card(rows))
+        results = {
+            "config": self.name,
+            "folder": str(self.folder),
+            "seed": self.cfg.seed,
+            "before": before,
+            "before_first_last": first_last,
+            "after": after,
+            "dev_before": self.scores["dev_before"]["score"],
+            "dev_best": self.best,
+            "best_step": self.best_step,
+            "steps": self.step,
+            "minutes": round(self.seconds() / 60, 2),
+            "command": self.command,
+            "precision": self.precision,
+            "fast": self.cfg.fast,
+            "compile": self.cfg.compile,
+            "machine": machine(self.device),
+        }
+        write_atomically(self.folder / "results.json", json.dumps(results, indent=2) + "\n")
+        (self.folder / STATE).unlink()
+        print(table(rows))
+        if self.best <= results["dev_before"]:
+            print("no step scored above the initial model")
+        print(
+            f"{results['minutes']:.1f} minutes. The model of step {self.best_step} is in "
+            f"{self.folder / 'best'}, the numbers in {self.folder / 'results.json'}"
+        )
+        return results

@@ -1,0 +1,117 @@
+"""Whitening: embeddings with mean 0 and covariance 1, on the seven STS sets (paper, Table 1).
+
+    python -m lab.whitening MODEL... --pooler avg_first_last --with self
+    python -m lab.whitening MODEL... --with self,enwiki_100k.txt     # or fitted on a sentence file
+
+Each model has a row as it is and a row for each entry of --with. "self" is fitted on the sentences
+that are scored, without their ratings. The other flags are those of eval_sts.py.
+
+Shapes: N sentences, P pairs, D hidden size, K <= D kept directions.
+Reference: Su et al. 2021, "Whitening Sentence Representations for Better Semantics and Faster
+Retrieval".
+"""
+
+import argparse
+import json
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from data import read_sentences
+from embed import POOLINGS
+from engine.cli import Parser, add_model_flags
+from engine.errors import UserError, run_main, write_atomically
+from engine.hub import find_senteval, find_text
+from eval_sts import (
+    TEST_SETS,
+    average,
+    load_encoders,
+    load_set,
+    load_sets,
+    print_scores,
+    score_pairs,
+)
+
+MAX_SENTENCES = 10_000  # read from each sentence file
+
+
+def whitening(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and matrix: (x - mean) @ matrix has covariance 1. Shapes: (N, D) -> (D,), (D, K).
+
+    K < D if the vectors have no variance in some directions. Raises: UserError for NaN or infinity.
+    """
+    vectors = vectors.astype(np.float64)
+    if not np.isfinite(vectors).all():
+        raise UserError("whitening: the model's embeddings have NaN or infinite values")
+    mean = vectors.mean(0)
+    variance, axes = np.linalg.eigh(np.cov(vectors.T))
+    keep = variance > 1e-10 * variance.max()
+    return mean, axes[:, keep] / np.sqrt(variance[keep])
+
+
+def whiten(
+    mean: np.ndarray, matrix: np.ndarray, u: np.ndarray, v: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Shapes: (D,), (D, K), (P, D), (P, D) -> (P, K), (P, K)."""
+    return (u - mean) @ matrix, (v - mean) @ matrix
+
+
+def whiten_self(u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A set's embeddings, whitened with their own mean and covariance."""
+    return whiten(*whitening(np.concatenate([u, v])), u, v)
+
+
+def score_model(args: argparse.Namespace, encoder, sets: dict, texts: dict) -> dict[str, dict]:
+    """The scores without whitening ("") and with each entry of --with."""
+    sentences = list(dict.fromkeys(s for left, right, _ in sets.values() for s in left + right))
+    vectors = dict(zip(sentences, encoder(sentences)))  # the same for every row
+
+    def look_up(sentences: list[str]) -> np.ndarray:
+        return np.stack([vectors[s] for s in sentences])
+
+    scores = {"": score_pairs(look_up, sets)}
+    for source in args.sources:
+        self = source == "self"
+        transform = whiten_self if self else partial(whiten, *whitening(encoder(texts[source])))
+        scores[source] = score_pairs(look_up, sets, transform)
+    return scores
+
+
+def main() -> None:
+    parser = Parser("python -m lab.whitening", description="Whitened embeddings on the STS sets")
+    add_model_flags(parser, POOLINGS)
+    parser.add_argument(
+        "--with",
+        dest="sources",
+        metavar="SOURCE,...",
+        type=lambda text: text.split(","),
+        default=["self"],
+        help=f"self, or a sentence file, of which {MAX_SENTENCES:,} are read (default: self)",
+    )
+    args = parser.parse_args()
+    texts = {}
+    for source in args.sources:
+        if source != "self":
+            rows = read_sentences(find_text(source, args.data))
+            texts[source] = [row[0] for row in islice(rows, MAX_SENTENCES)]
+    names = (*TEST_SETS, "STSB-dev", "SICKR-dev")
+    sets = load_sets(names, load_set, find_senteval(args.data))
+    rows, reports = {}, []
+    for name, pooling, encoder in load_encoders(args):
+        for source, scores in score_model(args, encoder, sets, texts).items():
+            by = {"": "", "self": ", white by itself"}.get(
+                source, f", white by {Path(source).name}"
+            )
+            rows[f"{name} ({pooling}{by})"] = scores
+            report = {"model": name, "pooler": pooling, "amp": args.amp}
+            report |= {"whitened": source} if source else {}
+            reports.append(report | scores | {"average": average(scores)})
+    print_scores(rows)
+    if args.json:
+        write_atomically(args.json, "".join(json.dumps(report) + "\n" for report in reports))
+
+
+if __name__ == "__main__":
+    run_main(main)
