@@ -314,7 +314,7 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
+            file.write(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
 
 
 # ------------------------------------------------------------------------------------------------

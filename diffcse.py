@@ -125,7 +125,8 @@ class Config:
 
 ROBERTA = dict(model="roberta-base", generator="distilroberta-base")
 SIMCSE = dict(lam=0.0, projector="tanh", epochs=1)
-SMALL = dict(model="assets/small-bert", generator="assets/small-bert")
+SMALL = dict(model="assets/small-bert", generator="assets/small-bert", lr=1e-4, lam=0.05)
+DEMO_DATA = dict(train_file="assets/wikipedia_20k.txt.xz", score="captions")
 
 PRESETS = {
     # Paper Tables 12 and 13. 31,250 steps; STS-B dev 84.56, average of seven STS sets 78.49.
@@ -137,17 +138,8 @@ PRESETS = {
     "simcse_bert": Config(**SIMCSE, lr=3e-5),
     "simcse_roberta": Config(**SIMCSE, **ROBERTA, lr=1e-5, batch_size=512),
     # The 3.4M-parameter BERT of this repository, on your file or (demo) on shipped sentences.
-    "small": Config(**SMALL, steps=100, lr=1e-4, lam=0.05, eval_every=20, log_every=20),
-    "demo": Config(
-        **SMALL,
-        steps=60,
-        lr=1e-4,
-        lam=0.05,
-        eval_every=10,
-        log_every=10,
-        train_file="assets/wikipedia_20k.txt.xz",
-        score="captions",
-    ),
+    "small": Config(**SMALL, steps=100, eval_every=20, log_every=20),
+    "demo": Config(**SMALL, **DEMO_DATA, steps=60, eval_every=10, log_every=10),
 }
 
 # ------------------------------------------------------------------------------------------------
@@ -323,6 +315,7 @@ class DiffCSEModel(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
         cfg = self.cfg
+        # Dropout draws a new mask for every row, so the two equal rows of a sentence get two h.
         cls = self.encoder(batch.x, batch.mask, cls_only=True)[:, 0]  # (R, D)
         # With several processes, projector and contrastive loss see the rows of all of them.
         h = self.projector(distributed.all_gather(cls))  # (R * processes, D)
@@ -345,14 +338,10 @@ class DiffCSEModel(nn.Module):
             h, batch = h[:: batch.views], batch.first_views()
         x_edited, replaced = edit_sentences(self.generator, batch, self.tokenizer, cfg)
         states = self.discriminator(x_edited, batch.mask, cls_vector=h)  # h in place of [CLS]
-        T = batch.width  # of the longest row: a GPU's batches are padded to one static shape
-        return replaced_token_loss(
-            self.head(states)[:, :T],
-            replaced[:, :T],
-            batch.mask[:, :T],
-            cfg.pads_in_loss,
-            cfg.reduction,
-        )
+        # On a GPU all batches have one static shape: the loss is of the longest row's width.
+        tensors = self.head(states), replaced, batch.mask
+        logits, replaced, mask = (t[:, : batch.width] for t in tensors)
+        return replaced_token_loss(logits, replaced, mask, cfg.pads_in_loss, cfg.reduction)
 
 
 def load_generator(cfg: Config, tokenizer: Tokenizer) -> BertForMaskedLM:
@@ -400,11 +389,7 @@ def train_step(
 
 
 def draw_batch(
-    sentences: TokenizedSentences,
-    tokenizer: Tokenizer,
-    cfg: Config,
-    step: int,
-    pad_to: int | None = None,
+    sentences: TokenizedSentences, tokenizer: Tokenizer, cfg: Config, step: int
 ) -> Batch:
     """Batch number `step`. It depends on (seed, step) only, so resuming needs no random state."""
     epoch, i = divmod(step, sentences.batches_per_epoch(cfg.batch_size))
@@ -412,8 +397,7 @@ def draw_batch(
     x, mask = sentences.rows(rows)
     rng = torch.Generator().manual_seed(derive_seed(cfg.seed, step, 0))
     x_masked, selected = mask_tokens(x, tokenizer, cfg.mask_ratio, cfg.masking, rng)
-    batch = Batch(x, mask, x_masked, selected, sentences.views)
-    return batch.pad(pad_to, tokenizer.pad_id) if pad_to else batch
+    return Batch(x, mask, x_masked, selected, sentences.views)
 
 
 def derive_seed(*numbers: int) -> int:
@@ -439,7 +423,6 @@ def train(cfg: Config, name: str = "run", model_class: type[DiffCSEModel] = Diff
             score = make_score(cfg.score, cfg.data)
         encoder, tokenizer = model.encoder, model.tokenizer
         total = cfg.steps or cfg.epochs * sentences.batches_per_epoch(cfg.batch_size)
-        pad_to = cfg.max_length if device.type == "cuda" else None  # one static shape
         optimizer = make_optimizer(model)
         scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
         step_fn = partial(train_step, model, optimizer, scaler, amp)
@@ -455,7 +438,9 @@ def train(cfg: Config, name: str = "run", model_class: type[DiffCSEModel] = Diff
             run.log_scores(score.dev(embed_amp), score.name)
 
         for step in range(run.step, total):
-            batch = draw_batch(sentences, tokenizer, cfg, step, pad_to).shard().to(device)
+            batch = draw_batch(sentences, tokenizer, cfg, step).shard().to(device)
+            if device.type == "cuda":
+                batch = batch.pad(cfg.max_length, tokenizer.pad_id)  # one static shape
             torch.manual_seed(derive_seed(cfg.seed, step, 1 + distributed.rank()))  # dropout
             lr = cfg.lr * (1 - step / total)
             for group in optimizer.param_groups:

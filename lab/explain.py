@@ -177,14 +177,13 @@ def describe_contrastive(step: Step, texts: list[str], temperature: float) -> st
 
 def describe_difference(step: Difference, tokenizer: Tokenizer, cfg: Config, new: bool) -> str:
     batch, word = step.batch, partial(token, tokenizer)
-    original, replaced = "original", "replaced"
     losses = F.cross_entropy(step.logits[0], step.replaced[0].long(), reduction="none")  # (T,)
     rows = []
     for t in range(int(batch.mask[0].sum())):
         cells = [str(t), word(batch.x[0, t])]
         cells.append(word(batch.x_masked[0, t]) + " *" * bool(batch.selected[0, t]))
         cells.append(word(step.x_edited[0, t]) if t else "h")
-        cells.append(replaced if step.replaced[0, t] else original)
+        cells.append("replaced" if step.replaced[0, t] else "original")
         for logits in (step.logits, step.logits_without):
             cells.append(f"{100 * logits[0, t].softmax(-1)[1]:.1f} %")
         rows.append([*cells, f"{losses[t]:.3f}"])

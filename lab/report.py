@@ -1,26 +1,25 @@
-"""One page about one or several runs: what differs, the curves, the scores, and what their models think of sentences.
+"""One HTML page about one or several runs: settings, curves, scores, and what their models do.
 
-    python -m lab.report runs/demo-1                                     # writes report.html
-    python -m lab.report RUN... --out FILE.html --json FILE              # runs that differ in their seed only: mean and spread
+    python -m lab.report runs/demo-1                               # writes report.html
+    python -m lab.report RUN... --out FILE.html --json FILE        # equal but for the seed: a group
     python -m lab.report RUN... --data DIR --query "A man is playing a guitar."
 
-RUN is what python diffcse.py leaves in its folder; one that has not ended, or has no best/, shows what is there. The page
-is a single file that asks for nothing else: HTML and SVG, no script, no font, no library. The small model takes
-some 5 seconds on two cores to be asked about STS-B dev, and as many about the documentation.
+RUN is a run's folder; for an unfinished run, or one without best/, the page shows what exists. The
+page is one file of HTML and SVG, without scripts, fonts or libraries, and needs no network. Scoring
+a small model on STS-B dev takes about 5 seconds on two cores.
 
-Letters: P pairs, n sentences, D numbers of a vector.
-Reference: paper Figure 2 and Table 9, here of STS-B dev or, without it, of the documentation on this machine.
-Not here: the test sets' sentences (who chooses by this page must not have seen them); downloads; plots for a paper (lab/plots.py).
+Shapes: P pairs, n sentences, D hidden size.
+Reference: paper Figure 2 and Table 9, here of development pairs.
+Not here: test sets' sentences, which whoever selects by this page must not see; downloads; plots
+for a paper (lab/plots.py).
 """
 
-import argparse
 import json
 import math
 import os
 import re
-import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -28,184 +27,235 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bert import UserError, read_json, write_atomically
-from config import MAY_CHANGE, PRESETS, Config, load_preset
-from data import find_senteval, read_lines, run_main
-from embed import encode, open_model
-from eval_sts import average_ranks, load_set, spearman
-from lab.analysis import QUERIES, group, neighbours, vectors_of
-from lab.explain import columns as columns_of_text
+from bert import ModelError, read_json
+from data import read_lines
+from diffcse import PRESETS, Config
+from embed import encode
+from engine.cli import MAY_CHANGE, Parser, parse_field
+from engine.errors import UserError, run_main, write_atomically
+from engine.model_folder import load_model
+from eval_sts import average_ranks, make_score, spearman
+from lab.ablations import AblationConfig
+from lab.analysis import neighbours, vectors_of
+from lab.explain import columns as text_table
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Runs, and groups of them
 
-SAME = {"seed", "out_dir", *MAY_CHANGE}  # runs that differ in these only are one group
-FACTS = ("dev_before", "dev_best", "best_step", "minutes")  # of a run, beside its scores after training
-HOLDS = ("config", "before", "after", *FACTS, "command", "machine")  # what is read of results.json
-CURVES = {  # a field of log.jsonl: what it is, and what to look for
-    "score": "dev score x 100, which chooses the best checkpoint; dotted: the start",
-    "contrastive": "contrastive loss: starts near log B where the views tell nothing (4.16 for 64 sentences)",
-    "prediction": "the discriminator's loss, a mean over tokens: 0.69 = log 2 is guessing",
-    "positive_cosine": "of one sentence's two dropouts: should rise",
-    "negative_cosine": "of different sentences: should stay near 0; where it rises, the vectors collapse",
-    "accuracy_replaced": "replaced tokens that the discriminator finds: 0 where it calls all of them kept",
-    "accuracy_kept": "kept tokens that it calls kept: near 1 is easy, most are kept",
-    "share_replaced": "of all tokens: what the generator changed, and what there is to find",
-    "grad_norm": "length of the gradient before clipping: peaks are steps that went astray",
+NOT_COMPARED = {"seed", "out_dir", *MAY_CHANGE}  # runs that differ only in these are one group
+FACTS = ("dev_before", "dev_best", "best_step", "minutes")  # of a run, beside its scores
+REQUIRED = ("config", "before", "after", *FACTS, "command", "machine")  # keys of results.json
+CURVES = {  # fields of log.jsonl, and what to look for
+    "score": "dev score x 100, which selects the best model; dotted: before training",
+    "contrastive": "contrastive loss: log B if the views tell nothing (4.16 for 64 sentences)",
+    "difference": "loss of the discriminator, per token: log 2 = 0.69 is guessing",
+    "positive_cosine": "of a sentence's two views: should rise",
+    "negative_cosine": "of different sentences: should stay near 0; if it rises, vectors collapse",
+    "accuracy_replaced": "share of replaced tokens that D finds: 0 if it calls all original",
+    "accuracy_original": "share of original tokens that D calls original: near 1 is easy",
+    "share_replaced": "share of tokens that the generator changed",
+    "grad_norm": "gradient norm before clipping; a peak is an unusual step",
+}
+FIRST_EDITION = {  # names in older runs
+    "mask": "masking",
+    "replaced_token": "difference",
+    "prediction": "difference",
+    "accuracy_kept": "accuracy_original",
 }
 
 
 class Run(NamedTuple):
-    folder: str  # as the command names it
-    cfg: Config
+    folder: str  # as on the command line
+    cfg: AblationConfig
     log: list[dict]
-    results: dict  # {}: the run has not ended
+    results: dict  # {}: the run has not finished
 
 
 class Group(NamedTuple):
-    name: str  # what tells it from the others
-    label: str  # with its letter, where there are others
-    css: str  # the class that colours it
-    runs: list[Run]  # by their seeds
-    settings: dict[str, object]  # of each of them
+    name: str  # the settings that distinguish it from the others
+    label: str  # with a letter, if there are several groups
+    css: str  # the class with its colour
+    runs: list[Run]  # by seed
+    settings: dict[str, object]
+
+
+def rename(row: dict) -> dict:
+    return {FIRST_EDITION.get(name, name): value for name, value in row.items()}
+
+
+def read_config(path: Path) -> AblationConfig:
+    """A run's settings; fields that only older versions had are ignored. Raises: UserError."""
+    known, values = {field.name for field in fields(AblationConfig)}, {}
+    try:
+        for name, value in rename(read_json(path)).items():
+            if name in known and (name, value) != ("compile", None):
+                values[name] = parse_field(AblationConfig, name, value)
+        return AblationConfig(**values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def read_run(folder: str) -> Run:
-    """Raises: UserError where there is no run in the folder, or a file of it is damaged."""
-    path = Path(folder)
+    """Raises: UserError if the folder has no run, or a file of it is damaged."""
+    path, log, results = Path(folder), [], {}
     for name in ("config.json", "log.jsonl"):
         if not (path / name).is_file():
-            raise UserError(f"{folder}: no run in it (no {name}); a run's folder is what python diffcse.py --config demo writes, runs/demo-1 say")
-    log = []
+            raise UserError(f"{folder}: not a run's folder such as runs/demo-1 (no {name})")
     for number, line in enumerate(read_lines(path / "log.jsonl"), 1):
         try:
             row = json.loads(line)
             if not isinstance(row["step"], int):
                 raise ValueError
         except (ValueError, TypeError, KeyError):
-            raise UserError(f"{path / 'log.jsonl'} line {number}: not a line of a run's log, which is JSON with a step in it") from None
-        if "replaced_token" in row:  # its name in older logs
-            row["prediction"] = row.pop("replaced_token")
-        log.append(row)
-    results = read_json(path / "results.json") if (path / "results.json").is_file() else {}
-    if results and (missing := [key for key in HOLDS if key not in results]):
-        raise UserError(f"{path / 'results.json'}: no {missing[0]!r} in it")
-    return Run(folder, load_preset(str(path / "config.json")), log, results)
+            where = f"{path / 'log.jsonl'} line {number}"
+            raise UserError(f"{where}: expected a JSON object with a step") from None
+        log.append(rename(row))
+    if (path / "results.json").is_file():
+        results = read_json(path / "results.json")
+        if missing := [key for key in REQUIRED if key not in results]:
+            raise UserError(f"{path / 'results.json'}: {missing[0]!r} is missing")
+    return Run(folder, read_config(path / "config.json"), log, results)
 
 
 def settings(run: Run) -> dict[str, object]:
-    """What one run may differ in from another: its config, and the program, where somebody's own stood in the place of diffcse.py."""
+    """What may differ between groups: the config, and a program other than diffcse.py."""
     program = re.search(r"[^\s/\\]+\.py\b", run.results.get("command", ""))
-    return {name: value for name, value in asdict(run.cfg).items() if name not in SAME} | {"program": program[0] if program else "diffcse.py"}
+    cfg = {name: value for name, value in asdict(run.cfg).items() if name not in NOT_COMPARED}
+    return cfg | {"program": program[0] if program else "diffcse.py"}
 
 
 def group_runs(runs: list[Run]) -> list[Group]:
-    """Runs of the same settings together, named by the fewest that tell the groups apart."""
+    """Runs with equal settings, named by the fewest settings that distinguish the groups."""
     found: dict[tuple, list[Run]] = {}
     for run in runs:
         found.setdefault(tuple(settings(run).values()), []).append(run)
-    of = [sorted(some, key=lambda run: run.cfg.seed) for some in found.values()]
-    if len(of) == 1:
+    groups = [sorted(group, key=lambda run: run.cfg.seed) for group in found.values()]
+    if len(groups) == 1:
         name = preset_of(runs) or Path(runs[0].folder).resolve().name
-        return [Group(name, name, "g1", of[0], settings(runs[0]))]
-    those, names = [settings(some[0]) for some in of], []
+        return [Group(name, name, "g1", groups[0], settings(runs[0]))]
+    each, names = [settings(group[0]) for group in groups], []
 
-    def told_apart(by: list[str]) -> int:
-        return len({tuple(one[name] for name in by) for one in those})
+    def distinguished(by: list[str]) -> int:
+        return len({tuple(one[name] for name in by) for one in each})
 
-    while told_apart(names) < len(of):
-        names.append(max(differing(those), key=lambda name: told_apart([*names, name])))
-    titles = [", ".join(f"{name} {shown(one[name])}" for name in names) for one in those]
-    return [Group(title, f"{chr(65 + i % 26)}: {title}", f"g{i % len(DASHES) + 1}", some, one) for i, (title, some, one) in enumerate(zip(titles, of, those))]
+    while distinguished(names) < len(groups):
+        names.append(max(differing(each), key=lambda name: distinguished([*names, name])))
+    titles = [", ".join(f"{name} {shown(one[name])}" for name in names) for one in each]
+    return [
+        Group(title, f"{chr(65 + i % 26)}: {title}", f"g{i % 8 + 1}", group, one)
+        for i, (title, group, one) in enumerate(zip(titles, groups, each))
+    ]
 
 
-def differing(those: list[dict[str, object]]) -> list[str]:
-    """The settings in which the groups differ, in the order of Config."""
-    return [name for name in those[0] if len({one[name] for one in those}) > 1]
+def differing(each: list[dict[str, object]]) -> list[str]:
+    """The settings in which the groups differ, in the order of the config."""
+    return [name for name in each[0] if len({one[name] for one in each}) > 1]
 
 
 def preset_of(runs: Iterable[Run]) -> str:
-    """The preset that all of them began with; "" where they differ, or none has ended and says so."""
+    """The preset of all finished runs; "" if they differ or none has finished."""
     names = {run.results["config"] for run in runs if run.results}
     return names.pop() if len(names) == 1 else ""
 
 
 def shown(value: object) -> str:
-    """A setting as it is typed."""
+    """A setting as on the command line."""
     if isinstance(value, bool):
         return "on" if value else "off"
-    return "default" if value is None else f"{value:g}" if isinstance(value, float) else str(value) or "none"
+    if value is None:
+        return "default"
+    return f"{value:g}" if isinstance(value, float) else str(value) or "none"
 
 
 def curve(runs: list[Run], field: str) -> dict[str, list]:
-    """Mean and standard deviation of a field of the log at each step. Shapes: four lists (n,); empty where no log has it.
+    """Mean and standard deviation of a field at each step. Shapes: four lists (n,), maybe empty.
 
-    A step counts where all runs that came so far have it: an unfinished run just ends, and the others go on.
+    A step counts if all runs that have come so far have it: an unfinished run ends early, and the
+    others continue.
     """
-    of = [{row["step"]: row[field] for row in run.log if isinstance(row.get(field), (int, float)) and math.isfinite(row[field])} for run in runs]
-    ends, at = [max(values, default=-1) for values in of], {}
-    for step in sorted(set().union(*of)):
-        there = [values.get(step) for values, end in zip(of, ends) if step <= end]
-        if None not in there:
-            at[step] = there
-    return {"steps": list(at), "mean": [round(float(np.mean(values)), 6) for values in at.values()],
-            "std": [round(float(np.std(values)), 6) for values in at.values()], "runs": [len(values) for values in at.values()]}  # fmt: skip
+    logs = []
+    for run in runs:
+        values = {row["step"]: row.get(field) for row in run.log if row.get(field) is not None}
+        logs.append({step: value for step, value in values.items() if math.isfinite(value)})
+    lasts, values_at = [max(values, default=-1) for values in logs], {}
+    for step in sorted(set().union(*logs)):
+        values = [values.get(step) for values, last in zip(logs, lasts) if step <= last]
+        if None not in values:
+            values_at[step] = values
+    rows = values_at.values()
+    mean, std = ([round(float(f(values)), 6) for values in rows] for f in (np.mean, np.std))
+    return {"steps": list(values_at), "mean": mean, "std": std, "runs": list(map(len, rows))}
 
 
 def scores_of(run: Run) -> dict[str, float]:
-    """The numbers of one run: its table's columns, or so far as the log of an unfinished run has them."""
+    """The columns of a run's table; of an unfinished run, those that its log has."""
     if run.results:
-        after = {name: value for name, value in run.results["after"].items() if name != "score"}  # a second name of mrr
-        return {**after, **{key: run.results[key] for key in FACTS}}
+        return run.results["after"] | {key: run.results[key] for key in FACTS}
     scores = [(row["score"], row["step"]) for row in run.log if row.get("score") is not None]
-    best = max(scores[1:], key=lambda pair: pair[0], default=None)  # of equal ones the first, as in training
-    return {**({"dev_before": scores[0][0]} if scores else {}), **({"dev_best": best[0], "best_step": best[1]} if best else {}),
-            "minutes": round(max((row.get("seconds", 0) for row in run.log), default=0) / 60, 2)}  # fmt: skip
+    row = {"dev_before": scores[0][0]} if scores else {}
+    if scores[1:]:  # of equal scores the first is kept, as in training
+        row["dev_best"], row["best_step"] = max(scores[1:], key=lambda pair: pair[0])
+    seconds = max((row.get("seconds", 0) for row in run.log), default=0)
+    return row | {"minutes": round(seconds / 60, 2)}
 
 
 def table_of(runs: list[Run]) -> dict[str, dict]:
-    """Each column's mean, population standard deviation (None: of one run) and values; of the runs that have ended, if any has."""
+    """Mean, population standard deviation (None for one run) and values of each column.
+
+    Of the finished runs, if there are any.
+    """
     each = [scores_of(run) for run in ([run for run in runs if run.results] or runs)]
-    columns = {name: [scores[name] for scores in each if name in scores] for name in dict.fromkeys(name for scores in each for name in scores)}
-    return {name: {"mean": round(float(np.mean(values)), 6), "std": round(float(np.std(values)), 6) if len(values) > 1 else None,
-                   "each": [round(value, 6) for value in values]} for name, values in columns.items()}  # fmt: skip
+    table = {}
+    for name in dict.fromkeys(name for scores in each for name in scores):
+        values = [scores[name] for scores in each if name in scores]
+        mean, std = round(float(np.mean(values)), 6), round(float(np.std(values)), 6)
+        values = [round(value, 6) for value in values]
+        table[name] = {"mean": mean, "std": std if values[1:] else None, "each": values}
+    return table
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# What the models are asked: pairs, sentences, queries
+# ------------------------------------------------------------------------------------------------
+# What the models compute: cosines of rated pairs, and neighbours of queries
 
 
 class Material(NamedTuple):
-    what: str
+    title: str
     left: list[str]
     right: list[str]
     ratings: np.ndarray  # (P,)
-    kinds: list[str]  # what the groups of ratings that group() makes are called, from the lowest
-    corpus: dict[str, str]  # a sentence: how it is shown
-    queries: tuple[str, ...]
+    groups: np.ndarray  # (P,) the group of each rating, from 0
+    kinds: list[str]  # the groups' names
+    corpus: list[str]  # each sentence once
+    queries: list[str]
+
+
+def make_material(title: str, left: list[str], right: list[str], ratings: list[float]) -> Material:
+    """Five groups of equal width: 0-1 to 4-5, or between the lowest and the highest rating."""
+    values = np.array(ratings)
+    low, high = (0, 5) if values.min() >= 0 and values.max() <= 5 else (values.min(), values.max())
+    edges = np.linspace(low, high, 6)
+    groups = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, 4)
+    kinds = [f"{a:.3g}-{b:.3g}" for a, b in zip(edges, edges[1:])]
+    corpus, P = list(dict.fromkeys(left + right)), len(left)
+    queries = [left[i] for i in (0, P // 3, 2 * P // 3)]
+    return Material(title, left, right, values, groups, kinds, corpus, queries)
 
 
 def find_material(data: str, runs: list[Run]) -> Material:
-    """STS-B dev of the folder `data`, or of one that a run was given and that is there; else the pairs of the documentation."""
-    for folder in [data] if data else dict.fromkeys(run.cfg.data for run in runs if run.cfg.data):
+    """STS-B dev of the folder `data`; else the development pairs that selected the runs' models;
+    else, if they are not on this machine, the image captions in assets/."""
+    own = ("dev" if run.cfg.score == "stsb" else run.cfg.score for run in runs)
+    scores = dict.fromkeys([*zip(own, (run.cfg.data for run in runs)), ("captions", "")])
+    for score, folder in [("dev", data)] if data else scores:
         try:
-            left, right, ratings = load_set("STSB-dev", find_senteval(folder))
+            ((name, pairs),) = make_score(score, folder).dev_set.items()
         except UserError:
-            if data:
+            if data or score == "captions":
                 raise
-            continue  # the run was made elsewhere
-        what = f"STS-B dev, {len(left):,} pairs rated by people from 0 to 5; its test set stays shut."
-        kinds = [f"{low}-{low + 1}" for low in range(5)]
-        return Material(what, left, right, np.array(ratings), kinds, {s: s for s in left + right}, QUERIES)
-    import docs  # imports hundreds of modules to read what is written about them: only where nothing better is there
-
-    score = docs.DocsScore()
-    a, b = score.asked(0)  # the half that chooses; the other one is for the table
-    left, right = [score.left[i] for i in (*a, *a)], [score.right[i] for i in (*a, *b)]
-    what = (f"Two libraries' summaries of the same function, and of another one: {len(left)} pairs of the half that chooses the checkpoint. "
-            "(With --data DIR, which holds STS/, this is about STS-B dev.)")  # fmt: skip
-    entries = {summary: f"{name}: {summary}" for name, summary in docs.documentation_entries() if zlib.crc32(name.encode()) % 4 == 0}  # a quarter: seconds, not minutes
-    return Material(what, left, right, np.repeat([1.0, 0.0], len(a)), ["another function", "same function"], entries, docs.QUESTIONS)
+            continue
+        name = {"STSB-dev": "STS-B dev"}.get(name, name)
+        return make_material(f"{name}, {len(pairs[0]):,} rated pairs.", *pairs)
+    raise AssertionError("the captions are part of the repository")
 
 
 class Answers(NamedTuple):
@@ -213,60 +263,92 @@ class Answers(NamedTuple):
     css: str
     cosines: np.ndarray  # (P,)
     spearman: float  # x 100
-    found: list[list[tuple[str, float]]]  # of each query: sentences and their cosines
+    found: list[list[tuple[str, float]]]  # for each query: sentences and their cosines
 
 
-def ask(label: str, css: str, folder: str, pooling: str, material: Material, queries: Sequence[str], top_k: int = 5) -> Answers:
-    """What one model thinks; each distinct sentence is encoded once. Raises: UserError where its vectors are not numbers."""
-    bert, tokenizer, _, _ = open_model(folder)
+def ask(
+    label: str, css: str, folder: str, pooling: str, material: Material, queries: Sequence[str]
+) -> Answers:
+    """Cosines and neighbours of one model. Raises: UserError if it is missing or diverged."""
+    model = load_model(folder)
+    encoder = partial(encode, model.bert, model.tokenizer, pooling=pooling)
     try:
-        vectors = vectors_of(partial(encode, bert, tokenizer, pooling=pooling), [*material.left, *material.right, *material.corpus, *queries])
-        u, v = (np.stack([vectors[s] for s in side]) for side in (material.left, material.right))  # (P, D)
-        cosines = np.minimum((u * v).sum(1), 1)  # a sentence beside itself: the last bit may be above
+        vectors = vectors_of(encoder, [*material.corpus, *queries])
+        u, v = (np.stack([vectors[s] for s in side]) for side in (material.left, material.right))
+        cosines = np.minimum((u * v).sum(1), 1)  # of equal sentences: rounding may exceed 1
         rho = 100 * spearman(cosines, material.ratings)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     found = []
     for query in queries:
-        corpus = [s for s in material.corpus if s != query]  # itself is no news
-        best = neighbours(vectors[query], np.stack([vectors[s] for s in corpus]), top_k)
-        found.append([(material.corpus[corpus[i]], cosine) for i, cosine in best])
+        corpus = [s for s in material.corpus if s != query]
+        best = neighbours(vectors[query], np.stack([vectors[s] for s in corpus]), 5)
+        found.append([(corpus[i], cosine) for i, cosine in best])
     return Answers(label, css, cosines, rho, found)
 
 
 def percentiles(values: np.ndarray) -> np.ndarray:
-    """Where each value stands among all, from 0 to 100; equal ones share their mean. Shapes: (P,) -> (P,)."""
+    """The rank of each value, from 0 to 100; equal values share their mean. Shapes: (P,)."""
     return 100 * (average_ranks(values) - 0.5) / len(values)
 
 
-def most_wrong(apart: np.ndarray, k: int = 5) -> tuple[list[int], list[int]]:
-    """The pairs thought too alike and too different, worst first. Shapes: (P,) percentile by cosine less that by rating."""
-    return tuple([int(i) for i in np.argsort(-signed, kind="stable")[:k] if signed[i] > 0] for signed in (apart, -apart))
+def most_wrong(difference: np.ndarray, k: int = 5) -> tuple[list[int], list[int]]:
+    """The pairs that are too similar and too different, worst first.
+
+    Shapes: (P,) percentile by cosine minus percentile by rating.
+    """
+    signs, worst = (difference, -difference), []
+    for signed in signs:
+        order = np.argsort(-signed, kind="stable")[:k]
+        worst.append([int(i) for i in order if signed[i] > 0])
+    return worst[0], worst[1]
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# SVG. Colour and dashes are the page's, by the class g1, g2, ... of a group; g0 is the start, of no group
+# ------------------------------------------------------------------------------------------------
+# SVG. The classes g0 to g8 of report.css give a group its colour and dashes
 
-DASHES = ("none", "7 3", "2 2", "8 3 2 3", "12 4", "4 2 1 2 1 2", "1 3", "16 3 4 3")  # what tells the groups apart in grey, with their letters
-WIDTH, NARROW = 340, 280  # of a chart, of ridges: in the page their text is then nearly as large as the notes
+WIDTH, NARROW = 340, 280  # of a chart and of ridges: their text is nearly as large as the notes
 
 
 def ticks(low: float, high: float, n: int = 5) -> list[tuple[float, str]]:
-    """About n round numbers from low to high, and how they are written."""
+    """About n round numbers from low to high, and their text."""
     power = 10.0 ** math.floor(math.log10((high - low) / n))
     step = next(power * by for by in (1, 2, 5, 10) if power * by * n >= (high - low) * 0.999)
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    return [(k * step, f"{k * step:,.{digits}f}") for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [(k * step, f"{k * step:,.{digits}f}") for k in range(first, last + 1)]
 
 
 def path(xs: Iterable[float], ys: Iterable[float]) -> str:
     return "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys))
 
 
+def svg_text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def svg(description: str, width: int, height: int, parts: list[str]) -> str:
+    head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(description)}">'
+    return f"{head}{''.join(parts)}</svg>"
+
+
+def x_axis(x, y: float, low: float, high: float, whole: bool) -> list[str]:
+    """Ticks below y. x: from a value to its place. whole: at whole numbers only."""
+    marks = [(x(v), text) for v, text in ticks(low, high) if not whole or v == int(v)]
+    return [
+        f'<path class="axis" d="M{at:.1f},{y}v4"/>{svg_text(at, y + 16, text, "middle")}'
+        for at, text in marks
+    ]
+
+
 def chart(field: str, drawn: list[tuple[Group, dict]], height: int = 180) -> str:
-    """A field of the log over steps: of each group the mean, and a band of a standard deviation around it. drawn: with what curve() says."""
+    """A field over steps: the mean of each group, with a band of one standard deviation.
+
+    drawn: groups and what curve() returns for them.
+    """
     left, right, top, bottom = 48, WIDTH - 18, 8, height - 34
-    low, high = (pick(m + sign * s for _, c in drawn for m, s in zip(c["mean"], c["std"])) for pick, sign in ((min, -1), (max, 1)))
+    low = min(m - s for _, c in drawn for m, s in zip(c["mean"], c["std"]))
+    high = max(m + s for _, c in drawn for m, s in zip(c["mean"], c["std"]))
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 1
     low, high, last = low - margin, high + margin, max(c["steps"][-1] for _, c in drawn) or 1
 
@@ -276,140 +358,122 @@ def chart(field: str, drawn: list[tuple[Group, dict]], height: int = 180) -> str
     def y(value):
         return bottom - (bottom - top) * (value - low) / (high - low)
 
-    parts = [f'<path class="rule" d="M{left},{y(v):.1f}H{right}"/><text x="{left - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{text}</text>'
-             for v, text in ticks(low, high)]  # fmt: skip
-    parts += [f'<path class="axis" d="M{x(v):.1f},{bottom}v4"/><text x="{x(v):.1f}" y="{bottom + 16}" text-anchor="middle">{text}</text>'
-              for v, text in ticks(0, last) if v == int(v)]  # fmt: skip
-    parts.append(f'<path class="axis" d="M{left},{bottom}H{right}"/><text x="{right}" y="{bottom + 29}" text-anchor="end">steps</text>')
+    parts = []
+    for value, text in ticks(low, high):
+        parts.append(f'<path class="rule" d="M{left},{y(value):.1f}H{right}"/>')
+        parts.append(svg_text(left - 6, y(value) + 4, text, "end"))
+    parts += x_axis(x, bottom, 0, last, whole=True)
+    parts.append(f'<path class="axis" d="M{left},{bottom}H{right}"/>')
+    parts.append(svg_text(right, bottom + 29, "steps", "end"))
     starts = {c["mean"][0] for _, c in drawn if c["steps"][0] == 0} if field == "score" else ()
-    parts += [f'<path class="start" d="M{left},{y(start):.1f}H{right}"/>' for start in sorted(starts)]
+    parts += [f'<path class="start" d="M{left},{y(v):.1f}H{right}"/>' for v in sorted(starts)]
     ends = []
     for g, c in drawn:
-        xs, mean, std = np.array([x(step) for step in c["steps"]]), np.array(c["mean"]), np.array(c["std"])
-        band = f'<path class="band" d="{path([*xs, *xs[::-1]], [*y(mean + std), *y(mean - std)[::-1]])}Z"/>' if std.any() else ""
-        dot = f'<circle cx="{xs[0]:.1f}" cy="{y(mean[0]):.1f}" r="2.5"/>' * (len(xs) == 1)
-        parts.append(f'<g class="{g.css}"><title>{escape(g.label)}</title>{band}{dot}<path class="line" d="{path(xs, y(mean))}"/></g>')
+        xs, mean, std = x(np.array(c["steps"])), np.array(c["mean"]), np.array(c["std"])
+        outline = path([*xs, *xs[::-1]], [*y(mean + std), *y(mean - std)[::-1]])
+        band = f'<path class="band" d="{outline}Z"/>' if std.any() else ""
+        dot = f'<circle cx="{xs[0]:.1f}" cy="{y(mean[0]):.1f}" r="2.5"/>' if len(xs) == 1 else ""
+        line = f'<path class="line" d="{path(xs, y(mean))}"/>'
+        parts.append(f'<g class="{g.css}"><title>{escape(g.label)}</title>{band}{dot}{line}</g>')
         ends.append([y(mean[-1]), xs[-1] + 5, g])
-    for at in {at for _, at, _ in ends}:  # the letters at the lines' ends, pushed apart from the top down, then from the axis up
+    for height_, at, g in spread_letters(ends, bottom):
+        if g.label != g.name:
+            letter = f'<text class="letter {g.css}" x="{at:.1f}" y="{height_ + 4:.1f}">'
+            parts.append(f"{letter}{g.label[0]}</text>")
+    ranges = [
+        f"{g.label}: from {c['mean'][0]:.4g} to {c['mean'][-1]:.4g} at step {c['steps'][-1]}"
+        for g, c in drawn
+    ]
+    return svg(f"{field} over steps. {'; '.join(ranges)}", WIDTH, height, parts)
+
+
+def spread_letters(ends: list[list], bottom: float) -> list[list]:
+    """Move letters at the ends of lines apart: (y, x, group) each, first down, then up."""
+    for at in {at for _, at, _ in ends}:
         column = sorted((end for end in ends if end[1] == at), key=lambda end: end[0])
         for above, here in zip(column, column[1:]):
             here[0] = max(here[0], above[0] + 12)
         column[-1][0] = min(column[-1][0], bottom - 2)
         for here, above in zip(column[::-1], column[-2::-1]):
             above[0] = min(above[0], here[0] - 12)
-    parts += [f'<text class="letter {g.css}" x="{at:.1f}" y="{level + 4:.1f}">{g.label[0]}</text>' for level, at, g in ends if g.label != g.name]
-    says = "; ".join(f"{g.label}: from {c['mean'][0]:.4g} to {c['mean'][-1]:.4g} at step {c['steps'][-1]}" for g, c in drawn)
-    return svg(f"{field} over steps. {says}", WIDTH, height, parts)
+    return ends
 
 
-def ridges(answers: Answers, material: Material, edges: np.ndarray, tallest: float) -> str:
-    """How the cosine is distributed, a row for each group of ratings, the highest on top; ticks are medians (paper Figure 2)."""
+def densities(answers: Answers, material: Material, edges: np.ndarray) -> np.ndarray:
+    """The share of each group's pairs between two edges. Shapes: (b,) -> (groups, b - 1)."""
+    groups = [answers.cosines[material.groups == i] for i in range(len(material.kinds))]
+    return np.stack([np.histogram(c, edges)[0] / max(1, len(c)) for c in groups])
+
+
+def ridges(answers: Answers, material: Material, edges: np.ndarray, highest: float) -> str:
+    """The distribution of the cosine, a row for each group of ratings, the highest on top.
+
+    Ticks are medians (paper Figure 2).
+    """
     rows, row_height, top = len(material.kinds), 36, 22
-    left, right, bottom = 14 + 6 * max(map(len, material.kinds)), NARROW - 10, top + row_height * rows
+    left, right = 14 + 6 * max(map(len, material.kinds)), NARROW - 10
+    bottom = top + row_height * rows
     xs = np.linspace(left, right, len(edges))
+    density = densities(answers, material, edges) / highest
     parts, medians = [], []
-    for row in reversed(range(rows)):  # from the back: tall ones reach into the row above, which lies behind them
-        inside, base = answers.cosines[group(material.ratings) == row], bottom - row_height * row
-        share = shares(inside, edges) / tallest
-        outline = path([left, *(xs[1:] + xs[:-1]) / 2, right], [base, *(base - 1.5 * row_height * share), base])
-        parts.append(f'<g class="{answers.css}"><path class="behind" d="{outline}Z"/><path class="ridge" d="{outline}"/>')
-        if len(inside):
-            medians.append(f"{material.kinds[row]}: {np.median(inside):.2f}")
-            parts.append(f'<path class="median" d="M{np.interp(np.median(inside), edges, xs):.1f},{base}v-9"/>')
-        parts.append(f'</g><text x="{left - 8}" y="{base - 1}" text-anchor="end">{escape(material.kinds[row])}</text>')
-    for value, text in ticks(edges[0], 1):
-        at = np.interp(value, edges, xs)
-        parts.append(f'<path class="axis" d="M{at:.1f},{bottom + 2}v4"/><text x="{at:.1f}" y="{bottom + 18}" text-anchor="middle">{text}</text>')
-    return svg(f"{answers.label}: medians of the cosine by rating, {'; '.join(medians)}", NARROW, bottom + 24, parts)
+    for row in reversed(range(rows)):  # a tall density overlaps the row above, which is behind it
+        cosines, base = answers.cosines[material.groups == row], bottom - row_height * row
+        ys = [base, *(base - 1.5 * row_height * density[row]), base]
+        outline = path([left, *(xs[1:] + xs[:-1]) / 2, right], ys)
+        parts.append(f'<g class="{answers.css}"><path class="behind" d="{outline}Z"/>')
+        parts.append(f'<path class="ridge" d="{outline}"/>')
+        if len(cosines):
+            median = np.median(cosines)
+            medians.append(f"{material.kinds[row]}: {median:.2f}")
+            at = np.interp(median, edges, xs)
+            parts.append(f'<path class="median" d="M{at:.1f},{base}v-9"/>')
+        parts.append(f"</g>{svg_text(left - 8, base - 1, material.kinds[row], 'end')}")
+    parts += x_axis(lambda v: np.interp(v, edges, xs), bottom + 2, edges[0], 1, whole=False)
+    description = f"{answers.label}: medians of the cosine by rating, {'; '.join(medians)}"
+    return svg(description, NARROW, bottom + 24, parts)
 
 
-def shares(cosines: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Of a group's pairs, how many fall between two edges. Shapes: (p,), (b,) -> (b - 1,)."""
-    return np.histogram(cosines, edges)[0] / max(1, len(cosines))
-
-
-def svg(says: str, width: int, height: int, parts: list[str]) -> str:
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(says)}">{"".join(parts)}</svg>'
-
-
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The page
-
-LIGHT = """--page: #fdfdfb; --ink: #1d1f23; --quiet: #5d626b; --rule: #e2e2dc; --c0: #5d626b;
-    --c1: #0b5fa5; --c2: #b54800; --c3: #007356; --c4: #9a2c78; --c5: #735600; --c6: #b3123b; --c7: #4346b8; --c8: #006d7a;"""
-DARK = """--page: #16181c; --ink: #e4e5e8; --quiet: #a0a5af; --rule: #31353c; --c0: #a0a5af;
-    --c1: #6cb6ff; --c2: #ff9a57; --c3: #4fd1a5; --c4: #f08bd0; --c5: #e0c04a; --c6: #ff8095; --c7: #a9a7ff; --c8: #4ccfe0;"""
-STYLE = f"""
-:root {{ color-scheme: light dark; {LIGHT} }}
-@media (prefers-color-scheme: dark) {{ :root {{ {DARK} }} }}
-* {{ box-sizing: border-box; }}
-body {{ margin: 0 auto; max-width: 70rem; padding: 2rem 1rem 4rem; background: var(--page); color: var(--ink); overflow-wrap: break-word;
-    font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }}
-h1 {{ font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem; }}
-h2 {{ font-size: 1.25rem; margin: 3rem 0 .5rem; padding-top: .75rem; border-top: 1px solid var(--rule); }}
-h3, summary.model {{ color: var(--ink); font-size: 1rem; font-weight: 600; margin: 1.5rem 0 .25rem; }}
-p {{ margin: .25rem 0 .75rem; max-width: 46rem; }}
-.note, figcaption, summary {{ color: var(--quiet); font-size: .875rem; line-height: 1.4; }}
-summary {{ cursor: pointer; margin: .5rem 0; }}
-pre {{ white-space: pre-wrap; font-size: .8rem; margin: .5rem 0; overflow-wrap: anywhere; }}
-.grid {{ --least: 20rem; display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least)), 1fr)); gap: 1.5rem; }}
-.grid.small {{ --least: 15rem; }}
-figure {{ margin: 0; display: flex; flex-direction: column; justify-content: space-between; gap: .5rem; }}
-figcaption b {{ color: var(--ink); display: block; font-size: .95rem; }}
-svg {{ display: block; width: 100%; height: auto; overflow: visible; }}
-svg text {{ font: 11px system-ui, sans-serif; font-variant-numeric: tabular-nums; fill: var(--quiet); }}
-svg text.letter {{ font-weight: 700; fill: currentColor; }}
-.rule, .axis, .start {{ fill: none; stroke: var(--quiet); }} .rule {{ stroke: var(--rule); }} .start {{ stroke-width: 1.2; stroke-dasharray: 1 3; }}
-.line, .ridge, .median {{ fill: none; stroke: currentColor; stroke-width: 1.8; stroke-linejoin: round; }} .median {{ stroke-width: 2.5; }}
-.ridge {{ fill: currentColor; fill-opacity: .2; stroke-width: 1.2; }} .behind {{ fill: var(--page); }}
-.band, circle {{ fill: currentColor; }} .band {{ opacity: .16; }}
-{" ".join(f".g{i} {{ color: var(--c{i}); }} .g{i} .line {{ stroke-dasharray: {dashes}; }}" for i, dashes in enumerate(("none", *DASHES)))}
-.legend {{ list-style: none; padding: 0; margin: .5rem 0 1.25rem; display: flex; flex-wrap: wrap; gap: .25rem 1.5rem; font-size: .9rem; }}
-.legend li {{ display: flex; align-items: center; gap: .5rem; }} .legend svg {{ flex: none; width: 3rem; }}
-.scroll {{ overflow-x: auto; margin: .5rem 0 1rem; }}
-table {{ border-collapse: collapse; font-size: .875rem; line-height: 1.35; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .35rem .9rem .35rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule); white-space: pre-line; }}
-thead th {{ vertical-align: bottom; color: var(--quiet); }}
-.numbers tbody th {{ min-width: 8rem; }} .numbers :is(td, th) + :is(td, th) {{ padding: .35rem 0 .35rem .7rem; text-align: right; }}
-.texts {{ width: 100%; }} .texts td {{ min-width: 11rem; padding-left: 2.2em; text-indent: -2.2em; overflow-wrap: anywhere; }}
-.texts .only {{ font-weight: 700; }}
-.pairs tbody th {{ min-width: 11rem; width: 100%; font-weight: 400; }} .pairs :is(td, th) + :is(td, th) {{ text-align: right; }}
-@media print {{
-  :root {{ color-scheme: light; {LIGHT} --page: #fff; }}
-  body {{ max-width: none; padding: 0; font-size: 10pt; }}
-  .grid.grid {{ grid-template-columns: repeat(2, 1fr); }}
-  .scroll {{ overflow: visible; }}
-  :is(td, th) {{ min-width: 0 !important; }}
-  figure, tr, li {{ break-inside: avoid; }}
-  h2, h3, thead, summary.model {{ break-after: avoid; }}
-  details:not([open]) {{ display: none; }}
-}}"""
 
 
 def table(head: Sequence, rows: Iterable[Sequence], kind: str) -> str:
-    """A cell is text, which is escaped here, or (text, class); the first of a row is its heading."""
+    """A cell is text, which is escaped here, or (text, class); a row's first cell is its title."""
 
     def cell(tag: str, value) -> str:
-        text, name = value if isinstance(value, tuple) else (value, "")
-        return f"<{tag}" + f" class={name}" * bool(name) + f">{escape(str(text))}</{tag[:2]}>"
+        text, css = value if isinstance(value, tuple) else (value, "")
+        css = f" class={css}" if css else ""
+        return f"<{tag}{css}>{escape(str(text))}</{tag[:2]}>"
 
-    lines = ["<tr>" + cell('th scope="row"', first) + "".join(cell("td", value) for value in others) + "</tr>\n" for first, *others in rows]
+    lines = []
+    for first, *others in rows:
+        cells = [cell('th scope="row"', first), *(cell("td", value) for value in others)]
+        lines.append(f"<tr>{''.join(cells)}</tr>\n")
     top = "".join(cell('th scope="col"', value) for value in head)
-    return f'<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>\n{"".join(lines)}</tbody></table></div>\n'
+    return (
+        f'<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{top}</tr></thead>'
+        f"<tbody>\n{''.join(lines)}</tbody></table></div>\n"
+    )
 
 
 def folded(summary: str, content: str) -> str:
-    return f"<details><summary>{escape(summary)}</summary>{content}</details>\n" if content else ""
+    summary = f"<summary>{escape(summary)}</summary>"
+    return f"<details>{summary}{content}</details>\n" if content else ""
 
 
-def counted(n: int, what: str) -> str:
-    return f"{n} {what}" + "s" * (n != 1)
+def paragraph(text: str, css: str = "") -> str:
+    return f"<p{f' class={css}' if css else ''}>{escape(text)}</p>\n"
+
+
+def counted(n: int, noun: str) -> str:
+    return f"{n} {noun}" + "s" * (n != 1)
 
 
 def plus_minus(column: dict | None) -> str:
     if column is None:
         return "-"
-    return f"{column['mean']:.2f}" + (f" ±\u00a0{column['std']:.2f}" if column["std"] is not None else "")  # a line may end before the sign
+    spread = "" if column["std"] is None else f" ±\u00a0{column['std']:.2f}"
+    return f"{column['mean']:.2f}{spread}"
 
 
 def minutes_of(g: Group) -> float:
@@ -418,193 +482,300 @@ def minutes_of(g: Group) -> float:
 
 def heading(groups: list[Group]) -> str:
     runs = [run for g in groups for run in g.runs]
-    ended, seeds = [run for run in runs if run.results], sorted({run.cfg.seed for run in runs})
-    machines = [run.results["machine"] for run in ended]
-    keys = ("device", "threads", "python", "torch", "numpy", "tokenizers")
-    line = [counted(len(runs), "run"), counted(len(groups), "group"), "seed" + "s" * (len(seeds) > 1) + " " + ", ".join(map(str, seeds)),
-            f"score {runs[0].cfg.score}", *dict.fromkeys(", ".join(f"{key} {m.get(key, '?')}" for key in keys) for m in machines),
-            f"{sum(map(minutes_of, groups)):.1f} minutes in all"]  # fmt: skip
-    title = preset_of(runs) or (groups[0].name if len(groups) == 1 else "several configurations")
-    text = f"<h1>{escape(f'DiffCSE: {title}')}</h1>\n<p class=note>{escape(' · '.join(line))}</p>\n"
-    if len(ended) < len(runs):
-        steps = [f"{run.folder} (step {max((row['step'] for row in run.log), default=0):,}" + f" of {run.cfg.steps:,}" * bool(run.cfg.steps) + ")"
-                 for run in runs if not run.results]  # fmt: skip
-        text += f"<p>{escape('Not ended yet: ' + ', '.join(steps))}. The scores count such a run only in a group where none has ended.</p>\n"
-    return text + folded("The commands", "".join(f"<pre>{escape(run.results['command'])}</pre>" for run in ended))
+    finished, seeds = [run for run in runs if run.results], sorted({r.cfg.seed for r in runs})
+    keys, machines = ("device", "threads", "python", "torch", "numpy", "tokenizers"), []
+    for run in finished:
+        machine = run.results["machine"]
+        machines.append(", ".join(f"{key} {machine.get(key, '?')}" for key in keys))
+    facts = [
+        counted(len(runs), "run"),
+        counted(len(groups), "group"),
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}",
+        f"score {runs[0].cfg.score}",
+        *dict.fromkeys(machines),
+        f"{sum(map(minutes_of, groups)):.1f} minutes in all",
+    ]
+    several = groups[0].name if len(groups) == 1 else "several configurations"
+    text = f"<h1>{escape(f'DiffCSE: {preset_of(runs) or several}')}</h1>\n"
+    text += paragraph(" · ".join(facts), "note")
+    unfinished = []
+    for run in runs:
+        if not run.results:
+            step = f"step {max((row['step'] for row in run.log), default=0):,}"
+            total = f" of {run.cfg.steps:,}" if run.cfg.steps else ""
+            unfinished.append(f"{run.folder} ({step}{total})")
+    if unfinished:
+        note = "A group's scores count such a run only if none has finished."
+        text += paragraph(f"Not finished yet: {', '.join(unfinished)}. {note}")
+    commands = [f"<pre>{escape(run.results['command'])}</pre>" for run in finished]
+    return text + folded("Commands", "".join(commands))
 
 
-def differences(groups: list[Group]) -> str:
-    those, preset = [g.settings for g in groups], preset_of(run for g in groups for run in g.runs)
-    names, default, what = differing(those), asdict(PRESETS.get(preset, Config())), f"the preset {preset}" if preset in PRESETS else "the defaults"
-    text = "<p>Nothing but seeds: it is one group.</p>\n"
+def settings_part(groups: list[Group]) -> str:
+    each, preset = [g.settings for g in groups], preset_of(run for g in groups for run in g.runs)
+    names, title = differing(each), f"preset {preset}" if preset in PRESETS else "default"
+    default = asdict(AblationConfig()) | asdict(PRESETS.get(preset, Config()))
+    default["program"] = "diffcse.py"
+    text = paragraph("One group: the runs differ in their seeds only.")
     if names:
-        text = "<p>The groups are named by the fewest settings that tell them apart; these are all in which they differ.</p>\n"
-        text += table(["setting", *(g.label for g in groups)], [(name, *(shown(one[name]) for one in those)) for name in names], "plain")
-    others = [(name, shown(value), shown(default.get(name, "diffcse.py"))) for name, value in those[0].items()
-              if name not in names and value != default.get(name, "diffcse.py")]  # fmt: skip
-    more = folded(f"What all share, and what {what} would have", table(["setting", "here", what], others, "plain") if others else "")
-    return f"<h2>What differs</h2>\n{text}{more}"
+        text = paragraph("Groups are named by the fewest settings that distinguish them.")
+        rows = [(name, *(shown(one[name]) for one in each)) for name in names]
+        text += table(["setting", *(g.label for g in groups)], rows, "plain")
+    shared = {name: value for name, value in each[0].items() if name not in names}
+    rows = [(n, shown(v), shown(default[n])) for n, v in shared.items() if v != default[n]]
+    more = table(["setting", "here", title], rows, "plain") if rows else ""
+    return f"<h2>Settings</h2>\n{text}{folded(f'Shared settings that differ from {title}', more)}"
 
 
 def curves_part(groups: list[Group], curves: list[dict[str, dict]]) -> str:
-    legend = [f'<li><svg class="{g.css}" viewBox="0 0 48 12" aria-hidden="true"><path class="line" d="M0,6H48"/></svg>'
-              f"{escape(g.label)} ({counted(len(g.runs), 'run')})</li>\n" for g in groups]  # fmt: skip
-    figures = [f"<figure><figcaption><b>{field}</b>{escape(text)}</figcaption>{chart(field, drawn)}</figure>\n" for field, text in CURVES.items()
-               if (drawn := [(g, of[field]) for g, of in zip(groups, curves) if field in of])]  # fmt: skip
-    several = any(len(g.runs) > 1 for g in groups)
-    text = "Means over a group's seeds, with a band of one standard deviation to both sides." if several else "A line for each run."
-    drawn = f"<p>{text}</p>\n<ul class=legend>{''.join(legend)}</ul>\n<div class=grid>{''.join(figures)}</div>\n"
-    return "<h2>Curves</h2>\n" + (drawn if figures else "<p>Nothing has been logged yet.</p>\n")
+    line = 'viewBox="0 0 48 12" aria-hidden="true"><path class="line" d="M0,6H48"/></svg>'
+    legend, figures = "", ""
+    for g in groups:
+        runs = counted(len(g.runs), "run")
+        legend += f'<li><svg class="{g.css}" {line}{escape(g.label)} ({runs})</li>\n'
+    for field, text in CURVES.items():
+        if drawn := [(g, c[field]) for g, c in zip(groups, curves) if field in c]:
+            caption = f"<figcaption><b>{field}</b>{escape(text)}</figcaption>"
+            figures += f"<figure>{caption}{chart(field, drawn)}</figure>\n"
+    if not figures:
+        return "<h2>Curves</h2>\n<p>Nothing has been logged yet.</p>\n"
+    text = "A line for each run."
+    if any(len(g.runs) > 1 for g in groups):
+        text = "Means over a group's seeds, with a band of one standard deviation."
+    grid = f"<ul class=legend>{legend}</ul>\n<div class=grid>{figures}</div>\n"
+    return f"<h2>Curves</h2>\n{paragraph(text)}{grid}"
 
 
 def starts_of(groups: list[Group]) -> dict[str, tuple[str, str]]:
-    """The models before training and their poolings, by what they are called here."""
-    found = list(dict.fromkeys((g.runs[0].cfg.model, g.runs[0].cfg.pooling) for g in groups))
-    return {"before" + f", {model} ({pooling})" * (len(found) > 1): (model, pooling) for model, pooling in found}
+    """Label -> (model, pooling) of each model before training."""
+    cfgs = [g.runs[0].cfg for g in groups]
+    found = list(dict.fromkeys((cfg.model, cfg.pooling) for cfg in cfgs))
+    return {"before" + f", {m} ({p})" * (len(found) > 1): (m, p) for m, p in found}
 
 
 def scores_part(groups: list[Group], tables: list[dict[str, dict]]) -> str:
-    columns = [name for name in dict.fromkeys(name for t in tables for name in t) if name not in FACTS]
+    columns = [n for n in dict.fromkeys(n for t in tables for n in t) if n not in FACTS]
 
     def two_decimals(scores: dict, names: Iterable[str]) -> list[str]:
         return [f"{scores[name]:.2f}" if name in scores else "-" for name in names]
 
-    rows: list[list] = []
-    for label, start in starts_of(groups).items():
-        before = next((run.results for g in groups for run in g.runs if run.results and (run.cfg.model, run.cfg.pooling) == start), None)
-        if before:
-            rows.append([label, *two_decimals(before["before"], columns), f"{before['dev_before']:.2f}", *"---"])
-            rows.append([f"{label}, first-last average", *two_decimals(before.get("before_first_last", {}), columns), *"----"])
+    rows, each = [], []
+    for title, start in starts_of(groups).items():
+        for run in (run for g in groups for run in g.runs if run.results):
+            if (run.cfg.model, run.cfg.pooling) == start:
+                before, first_last = run.results["before"], run.results.get("before_first_last", {})
+                dev = f"{run.results['dev_before']:.2f}"
+                rows.append([title, *two_decimals(before, columns), dev, *"---"])
+                title = f"{title}, first-last average"
+                rows.append([title, *two_decimals(first_last, columns), *"----"])
+                break
     for g, t in zip(groups, tables):
-        steps = " ".join(map(str, sorted(set(t["best_step"]["each"])))) if "best_step" in t else "-"
-        rows.append([g.label, *(plus_minus(t.get(name)) for name in (*columns, "dev_best")), steps,
-                     " ".join(str(run.cfg.seed) for run in g.runs), f"{minutes_of(g):.2f}"])  # fmt: skip
-    each = [[run.folder, *two_decimals(scores, (*columns, "dev_best")), scores.get("best_step", "-"), run.cfg.seed, f"{scores['minutes']:.2f}"]
-            for g in groups for run in g.runs for scores in [scores_of(run)]]  # fmt: skip
+        best_steps = sorted(set(t["best_step"]["each"])) if "best_step" in t else ["-"]
+        cells = [plus_minus(t.get(name)) for name in (*columns, "dev_best")]
+        cells += [" ".join(map(str, best_steps)), " ".join(str(run.cfg.seed) for run in g.runs)]
+        rows.append([g.label, *cells, f"{minutes_of(g):.2f}"])
+        for run in g.runs:
+            scores = scores_of(run)
+            cells = [*two_decimals(scores, (*columns, "dev_best")), scores.get("best_step", "-")]
+            each.append([run.folder, *cells, run.cfg.seed, f"{scores['minutes']:.2f}"])
     head = [*columns, "dev best", "step of best", "seed", "minutes"]
-    return ("<h2>Scores</h2>\n<p>x 100, of the best checkpoint: mean ± standard deviation over seeds, and the minutes of all. "
-            "Dev best is what the checkpoint was chosen by, and so a little too good.</p>\n"
-            + table(["", *head], rows, "numbers") + folded("Every run", table(["run", *head], each, "numbers")))  # fmt: skip
+    text = (
+        "x 100, of the best model: mean ± standard deviation over seeds, and the minutes of all. "
+        "Dev best selected the model, so it is slightly too high."
+    )
+    runs = folded("Every run", table(["run", *head], each, "numbers"))
+    return f"<h2>Scores</h2>\n{paragraph(text)}{table(['', *head], rows, 'numbers')}{runs}"
 
 
 def models_part(groups: list[Group], data: str, queries: Sequence[str]) -> str:
-    """What needs a model: the distribution by rating, neighbours, most telling pairs. Of a group the kept model with the lowest seed."""
-    kept = [(g, folder) for g in groups if (folder := next((run.folder for run in g.runs if (Path(run.folder) / "best").is_dir()), ""))]
-    if not kept:
-        return ("<h2>What the models think</h2>\n<p>No run here has kept its model (there is no best/): "
-                "similarities, nearest neighbours and most telling pairs are left out.</p>\n")  # fmt: skip
-    material, answers = find_material(data, [run for g in groups for run in g.runs]), []
-    missing = [f"{g.label}: no run of it has kept its model" for g in groups if g.label not in {of.label for of, _ in kept}]
-    queries = list(dict.fromkeys(queries or material.queries))
-    for label, (model, pooling) in starts_of(groups).items():
+    """Similarity by rating, neighbours, and most telling pairs, of the saved models.
+
+    A group's model is that of its lowest seed.
+    """
+    saved = {}
+    for g in groups:
+        folders = [run.folder for run in g.runs if (Path(run.folder) / "best").is_dir()]
+        saved |= {g.label: folders[0]} if folders else {}
+    if not saved:
+        text = "No run has a saved model (best/), so similarities and neighbours are left out."
+        return f"<h2>Models</h2>\n{paragraph(text)}"
+    material = find_material(data, [run for g in groups for run in g.runs])
+    queries, answers = list(dict.fromkeys(queries or material.queries)), []
+    missing = [f"{g.label}: no run has a saved model" for g in groups if g.label not in saved]
+    for title, (model, pooling) in starts_of(groups).items():
         try:
-            answers.append(ask(label, "g0", model, pooling, material, queries))
-        except UserError as error:  # it may be on another machine
-            missing.append(f"{label}: {error}")
-    answers += [ask(g.label, g.css, folder, g.runs[0].cfg.pooling, material, queries) for g, folder in kept]
-    notes = "".join(f"<p class=note>{escape('Left out: ' + text)}</p>\n" for text in missing)
-    return (f"<h2>Similarity by rating</h2>\n<p>{escape(material.what)} A row is the distribution of the cosine of pairs rated alike, the tick its "
-            "median. In a good model the rows move to the right as the rating rises, and overlap little; how far to the right all of them lie "
-            f"tells nothing. Of a group the run with the lowest seed is asked.</p>\n{notes}"
-            + ridges_grid(answers, material) + neighbours_part(answers, queries) + pairs_part(answers, material))  # fmt: skip
+            answers.append(ask(title, "g0", model, pooling, material, queries))
+        except (UserError, ModelError) as error:  # it may be on another machine
+            missing.append(f"{title}: {error}")
+    for g in groups:
+        if g.label in saved:
+            arguments = saved[g.label], g.runs[0].cfg.pooling, material, queries
+            answers.append(ask(g.label, g.css, *arguments))
+    text = (
+        f"{material.title} A row is the distribution of the cosine of pairs with similar ratings; "
+        "the tick is its median. In a good model the rows move to the right as the rating rises, "
+        "and overlap little; how far to the right all of them are is irrelevant. Of a group, the "
+        "model of the lowest seed is shown."
+    )
+    notes = "".join(paragraph(f"Left out: {reason}", "note") for reason in missing)
+    head = f"<h2>Similarity by rating</h2>\n{paragraph(text)}{notes}"
+    parts = ridges_grid(answers, material), neighbours_part(answers, queries)
+    return head + "".join(parts) + pairs_part(answers, material)
 
 
 def ridges_grid(answers: list[Answers], material: Material) -> str:
-    edges = np.linspace(min(a.cosines.min() for a in answers), 1, 31 if len(material.left) > 500 else 16)
-    tallest = max(shares(a.cosines[group(material.ratings) == row], edges).max() for a in answers for row in range(len(material.kinds)))
-    figures = [f"<figure><figcaption><b>{escape(a.label)}</b></figcaption>{ridges(a, material, edges, tallest)}"
-               f"<figcaption>Spearman x 100: {a.spearman:.2f}</figcaption></figure>\n" for a in answers]  # fmt: skip
-    return f'<div class="small grid">{"".join(figures)}</div>\n'
+    bins = 31 if len(material.left) > 500 else 16
+    edges = np.linspace(min(a.cosines.min() for a in answers), 1, bins)
+    highest, figures = max(densities(a, material, edges).max() for a in answers), ""
+    for a in answers:
+        title = f"<figcaption><b>{escape(a.label)}</b></figcaption>"
+        score = f"<figcaption>Spearman x 100: {a.spearman:.2f}</figcaption>"
+        figures += f"<figure>{title}{ridges(a, material, edges, highest)}{score}</figure>\n"
+    return f'<div class="small grid">{figures}</div>\n'
 
 
 def neighbours_part(answers: list[Answers], queries: Sequence[str]) -> str:
     several = len(answers) > 1
-    text = f"<h2>Nearest neighbours</h2>\n<p>The sentences with the highest cosine{'; bold: in no other column' * several}.</p>\n"
+    text = "The sentences with the highest cosine" + "; bold: in no other column" * several
+    text = f"<h2>Nearest neighbours</h2>\n{paragraph(text + '.')}"
     for number, query in enumerate(queries):
-        texts = [sentence for a in answers for sentence, _ in a.found[number]]
-        rows = [[rank, *((f"{cosine:.2f}\u00a0{sentence}", "only" * (several and texts.count(sentence) == 1)) for sentence, cosine in row)]
-                for rank, row in enumerate(zip(*(a.found[number] for a in answers)), 1)]  # fmt: skip
-        text += f"<h3>{escape(query)}</h3>\n" + table(["", *(a.label for a in answers)], rows, "texts")
+        found = [a.found[number] for a in answers]
+        sentences = [sentence for column in found for sentence, _ in column]
+        rows = []
+        for rank, row in enumerate(zip(*found), 1):
+            cells = [
+                (f"{cosine:.2f}\u00a0{s}", "only" if several and sentences.count(s) == 1 else "")
+                for s, cosine in row
+            ]
+            rows.append([rank, *cells])
+        head = ["", *(a.label for a in answers)]
+        text += f"<h3>{escape(query)}</h3>\n{table(head, rows, 'texts')}"
     return text
 
 
 def pairs_part(answers: list[Answers], material: Material) -> str:
-    rated, every = percentiles(material.ratings), np.stack([percentiles(a.cosines) for a in answers])  # (P,), (models, P)
-    said = [f"{rating:.2f}" if len(material.kinds) > 2 else material.kinds[int(rating)] for rating in material.ratings]
+    by_rating = percentiles(material.ratings)  # (P,)
+    by_cosine = np.stack([percentiles(a.cosines) for a in answers])  # (models, P)
 
     def row(i: int, *numbers: str) -> list[str]:
-        return [f"{material.left[i]}\n{material.right[i]}", said[i], *numbers]
+        pair = f"{material.left[i]}\n{material.right[i]}"
+        return [pair, f"{material.ratings[i]:.2f}", *numbers]
 
-    text = ("<h2>Most telling pairs</h2>\n<p>Where a model's order of the pairs and the rating's are furthest apart. "
-            "A percentile says how many of all pairs are less alike, by rating or by cosine.</p>\n")  # fmt: skip
+    text = (
+        "Pairs whose rank by cosine differs most from their rank by rating. A percentile is the "
+        "share of all pairs that are less similar, by rating or by cosine."
+    )
+    text = f"<h2>Most telling pairs</h2>\n{paragraph(text)}"
     head = ["pair", "rating", "cosine", "percentile by rating", "percentile by cosine"]
-    for a, own in zip(answers, every):
+    for a, own in zip(answers, by_cosine):
         text += f"<details open><summary class=model>{escape(a.label)}</summary>\n"
-        for title, found in zip(("Too alike", "Too different"), most_wrong(own - rated)):
-            rows = [row(i, f"{a.cosines[i]:.2f}", f"{rated[i]:.1f}", f"{own[i]:.1f}") for i in found]
-            text += f"<h3>{title}</h3>\n" + table(head, rows, "pairs")
+        for title, found in zip(("Too similar", "Too different"), most_wrong(own - by_rating)):
+            numbers = {i: (a.cosines[i], by_rating[i], own[i]) for i in found}
+            rows = [row(i, f"{c:.2f}", f"{r:.1f}", f"{p:.1f}") for i, (c, r, p) in numbers.items()]
+            text += f"<h3>{title}</h3>\n{table(head, rows, 'pairs')}"
         text += "</details>\n"
     if len(answers) > 1:
-        widest = np.argsort(every.min(0) - every.max(0), kind="stable")[:5]
-        rows = [row(i, f"{rated[i]:.1f}", *(f"{p:.1f}" for p in every[:, i])) for i in widest]
+        widest = np.argsort(by_cosine.min(0) - by_cosine.max(0), kind="stable")[:5]
+        rows = [
+            row(i, f"{by_rating[i]:.1f}", *(f"{p:.1f}" for p in by_cosine[:, i])) for i in widest
+        ]
         head = ["pair", "rating", "percentile by rating", *(a.label for a in answers)]
-        text += "<h3>Where the models differ most</h3>\n<p>Each model's percentile of the pair.</p>\n" + table(head, rows, "pairs")
+        text += f"<h3>Pairs on which the models differ most</h3>\n{table(head, rows, 'pairs')}"
     return text
 
 
+STYLE = Path(__file__).with_suffix(".css")
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
 def page(title: str, parts: Iterable[str]) -> str:
-    return ('<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-            f"<title>{escape(title)}</title>\n<style>{STYLE}\n</style>\n</head>\n<body>\n{''.join(parts)}</body>\n</html>\n")  # fmt: skip
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<title>{escape(title)}</title>
+<style>
+{STYLE.read_text()}</style>
+</head>
+<body>
+{"".join(parts)}</body>
+</html>
+"""
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Command line
 
 
 def summary(groups: list[Group], tables: list[dict[str, dict]]) -> str:
-    """The page's main numbers as text, a row for each group."""
+    """The main numbers as text, a row for each group."""
     columns = [name for t in tables for name in t if name not in FACTS]
-    main = next((name for name in ("average", "mrr", *columns) if name in columns), "-")  # what one would be told first
+    main = next((n for n in ("average", "captions-test", *columns) if n in columns), "-")
     rows = []
     for g, t in zip(groups, tables):
         numbers = [plus_minus(t.get(name)) for name in ("dev_before", "dev_best", main)]
-        rows.append([g.label, *(text.replace("\u00a0", " ") for text in numbers), str(len(g.runs)), f"{minutes_of(g):.2f}"])
-    return columns_of_text(["", "dev before", "dev best", f"after: {main}", "seeds", "minutes"], rows, "<>>>>>")
+        numbers = [text.replace("\u00a0", " ") for text in numbers]
+        rows.append([g.label, *numbers, str(len(g.runs)), f"{minutes_of(g):.2f}"])
+    head = ["", "dev before", "dev best", f"after: {main}", "seeds", "minutes"]
+    return text_table(head, rows, "<>>>>>")
+
+
+def parse_args():
+    parser = Parser("lab.report", description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("runs", metavar="RUN", nargs="+", help="a run's folder")
+    add("--out", metavar="FILE", default="report.html", help="(default: report.html)")
+    add("--data", metavar="DIR", default="", help="folder with STS/: use STS-B dev's pairs")
+    add("--query", metavar="TEXT", nargs="+", action="extend", help="show these neighbours")
+    add("--json", metavar="FILE", help="also write the groups' numbers")
+    args = parser.parse_args()
+    for path in map(Path, filter(None, (args.out, args.json))):
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; expected a file")
+        if not path.parent.is_dir():
+            raise UserError(f"{path}: there is no folder {path.parent}")
+    return args
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="lab.report", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder; runs that differ in their seed only are one group")
-    parser.add_argument("--out", metavar="FILE", default="report.html", help="the page (default: report.html)")
-    parser.add_argument("--data", metavar="DIR", default="", help="folder with STS/: the models are asked about STS-B dev (default: the runs' own)")
-    parser.add_argument("--query", metavar="TEXT", nargs="+", action="extend", help="sentences whose neighbours are shown (default: three)")
-    parser.add_argument("--json", metavar="FILE", help="also write the groups' numbers there")
-    args = parser.parse_args()
-    for path in map(Path, filter(None, (args.out, args.json))):  # before the work
-        if path.is_dir() or not path.parent.is_dir():
-            raise UserError(f"{path}: " + ("a file is meant, and this is a folder" if path.is_dir() else f"there is no folder {path.parent}"))
-    os.environ["HF_HUB_OFFLINE"] = "1"  # a start that is in the Hub's cache is shown, and nothing fetched
-    runs = [read_run(name) for name in {Path(name).resolve(): name for name in args.runs}.values()]  # named twice, it is still one
-    if other := next((run for run in runs if run.cfg.score != runs[0].cfg.score), None):
-        raise UserError(f"{runs[0].folder} is scored by {runs[0].cfg.score}, {other.folder} by {other.cfg.score}: "
-                        "one page compares runs that are scored by the same thing")  # fmt: skip
-    groups = group_runs(runs)
-    curves = [{field: c for field in CURVES if (c := curve(g.runs, field))["steps"]} for g in groups]
+    args = parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"  # use models in the Hub's cache, download nothing
+    folders = {Path(name).resolve(): name for name in args.runs}  # each once
+    runs = [read_run(name) for name in folders.values()]
+    for run in runs:
+        if run.cfg.score != runs[0].cfg.score:
+            raise UserError(
+                f"{runs[0].folder} is scored by {runs[0].cfg.score}, {run.folder} by "
+                f"{run.cfg.score}: one page compares runs with the same --score"
+            )
+    groups, curves = group_runs(runs), []
+    for g in groups:
+        all_curves = {field: curve(g.runs, field) for field in CURVES}
+        curves.append({field: c for field, c in all_curves.items() if c["steps"]})
     tables = [table_of(g.runs) for g in groups]
     print(summary(groups, tables), flush=True)
-    parts = [heading(groups), differences(groups), curves_part(groups, curves), scores_part(groups, tables),
-             models_part(groups, args.data, args.query or ())]  # fmt: skip
+    parts = [heading(groups), settings_part(groups), curves_part(groups, curves)]
+    parts += [scores_part(groups, tables), models_part(groups, args.data, args.query or ())]
     text = page(f"DiffCSE: {', '.join(g.name for g in groups)}", parts)
     write_atomically(args.out, text)
     if args.json:
-        names = differing([g.settings for g in groups])
-        report = [{"name": g.name, "differs": {name: g.settings[name] for name in names}, "seeds": [run.cfg.seed for run in g.runs],
-                   "runs": [run.folder for run in g.runs], "commands": [run.results["command"] for run in g.runs if run.results],
-                   "curves": c, "table": t, "minutes": minutes_of(g)} for g, c, t in zip(groups, curves, tables)]  # fmt: skip
-        write_atomically(args.json, json.dumps({"score": runs[0].cfg.score, "groups": report}, indent=1) + "\n")
-    print(f"{args.out}: {counted(len(groups), 'group')}, {counted(len(runs), 'run')}, {len(text.encode()) / 1000:.0f} kB")
+        content = {"score": runs[0].cfg.score, "groups": to_json(groups, curves, tables)}
+        write_atomically(args.json, json.dumps(content, indent=1) + "\n")
+    size = f"{len(text.encode()) / 1000:.0f} kB"
+    print(f"{args.out}: {counted(len(groups), 'group')}, {counted(len(runs), 'run')}, {size}")
+
+
+def to_json(groups: list[Group], curves: list[dict], tables: list[dict]) -> list[dict]:
+    names, rows = differing([g.settings for g in groups]), []
+    for g, c, t in zip(groups, curves, tables):
+        row = {"name": g.name, "differs": {name: g.settings[name] for name in names}}
+        row["seeds"] = [run.cfg.seed for run in g.runs]
+        row["runs"] = [run.folder for run in g.runs]
+        row["commands"] = [run.results["command"] for run in g.runs if run.results]
+        rows.append(row | {"curves": c, "table": t, "minutes": minutes_of(g)})
+    return rows
 
 
 if __name__ == "__main__":

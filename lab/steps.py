@@ -8,9 +8,9 @@ import itertools
 import json
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import tokenizers
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bert import DISTILBERT_CONFIG, Bert, BertConfig, BertForMaskedLM
 from data import Batch, Tokenizer, mask_tokens
-from diffcse import Config, DiffCSEModel, make_optimizer, train_step
+from diffcse import Config, DiffCSEModel, make_optimizer, make_projector, train_step
 from engine.fast import FastCPU, accelerate
 from engine.hub import find_model
 from engine.run import Metrics
@@ -35,21 +35,15 @@ def bert_config(layers: int, D: int, heads: int, family: str = "bert") -> BertCo
 
 
 SIZES = {  # (encoder and discriminator, generator)
+    "tiny": (bert_config(1, 32, 2), bert_config(1, 32, 2, "distilbert")),  # for tests
     "mini": (bert_config(4, 256, 4), bert_config(4, 256, 4)),
     "minilm": (bert_config(6, 384, 12), bert_config(6, 384, 12)),
     "base": (bert_config(12, 768, 12), bert_config(6, 768, 12, "distilbert")),
 }
+EDIT = dict(masking="all", edit="sample", edit_scope="masked", protect_sep=True, views="first")
 READINGS = {
     "published": Config(),
-    "paper": Config(
-        masking="all",
-        edit="sample",
-        edit_scope="masked",
-        generator_dropout=False,
-        protect_sep=True,
-        views="first",
-        pads_in_loss=False,
-    ),
+    "paper": Config(**EDIT, generator_dropout=False, pads_in_loss=False),
 }
 AMPS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -87,27 +81,18 @@ class Peer(nn.Module):
     The vocabulary product is computed at edited positions alone, 256 at a time.
     """
 
-    def __init__(
-        self, cfg: Config, tokenizer: Tokenizer, encoder: BertConfig, generator: BertConfig
-    ):
+    def __init__(self, cfg: Config, tokenizer: Tokenizer, sizes: tuple[BertConfig, BertConfig]):
         super().__init__()
         import transformers
 
-        self.cfg, self.sep_id, D = cfg, tokenizer.sep_id, encoder.hidden_size
-        config = hf_config(encoder)
+        encoder, generator = sizes
+        self.cfg, self.sep_id, config = cfg, tokenizer.sep_id, hf_config(encoder)
         self.encoder = transformers.AutoModel.from_config(config, add_pooling_layer=False)
         self.discriminator = transformers.AutoModel.from_config(config, add_pooling_layer=False)
         self.generator = transformers.AutoModelForMaskedLM.from_config(hf_config(generator))
         self.generator.requires_grad_(False)
-        self.projector = nn.Sequential(
-            nn.Linear(D, 2 * D, bias=False),
-            nn.BatchNorm1d(2 * D),
-            nn.ReLU(),
-            nn.Linear(2 * D, D, bias=False),
-            nn.BatchNorm1d(D, affine=False),
-        )
-        self.head = nn.Linear(D, 2)
-        self.h: Tensor | None = None
+        self.projector = make_projector("batchnorm", encoder.hidden_size, 0.02)
+        self.head = nn.Linear(encoder.hidden_size, 2)
         self.discriminator.embeddings.register_forward_hook(self.replace_cls)
 
     def replace_cls(self, module: nn.Module, inputs: tuple, states: Tensor) -> Tensor:
@@ -123,9 +108,8 @@ class Peer(nn.Module):
         cls = self.encoder(input_ids=x, attention_mask=mask.long()).last_hidden_state[:, 0]
         self.h = self.projector(cls)
         z1, z2 = F.normalize(self.h.float().unflatten(0, (-1, 2)), dim=-1).unbind(1)  # (B, D)
-        contrastive = F.cross_entropy(
-            z1 @ z2.T / cfg.temperature, torch.arange(len(z1), device=x.device)
-        )
+        logits = z1 @ z2.T / cfg.temperature  # (B, B)
+        contrastive = F.cross_entropy(logits, torch.arange(len(z1), device=x.device))
         if cfg.views == "first":
             x, mask, x_masked, selected = (t[::2] for t in (x, mask, x_masked, selected))
             self.h = self.h[::2]
@@ -146,15 +130,14 @@ class Peer(nn.Module):
         editable[:, 0] = False
         if cfg.protect_sep:
             editable &= x != self.sep_id
-        model = self.generator.base_model(input_ids=x_masked, attention_mask=mask.long())
-        predicted = []
-        for states in model.last_hidden_state[editable].split(256):  # (n, D)
+        output = self.generator.base_model(input_ids=x_masked, attention_mask=mask.long())
+        edited, predicted = x.clone(), []
+        for states in output.last_hidden_state[editable].split(256):  # (n, D)
             logits = self.vocabulary_logits(states)
             if cfg.edit == "argmax":
                 predicted.append(logits.argmax(-1))
             else:
                 predicted.append(torch.multinomial(logits.float().softmax(-1), 1).squeeze(1))
-        edited = x.clone()
         edited[editable] = torch.cat(predicted)
         return edited * mask
 
@@ -224,45 +207,36 @@ OPERATIONS: dict[str, Callable] = {
 }
 
 
-def inside(mode: Callable, step: Callable) -> Callable:
-    def step_in_mode(batch: Batch) -> Metrics:
-        with mode():
-            return step(batch)
-
-    return step_in_mode
-
-
 # ------------------------------------------------------------------------------------------------
-
-
-def make_step(
-    side: str, size: str, reading: str, amp: str, device: str = "cpu"
-) -> Callable[[Batch], Metrics]:
-    """side: transformers, fast on, fast off, compiled, or one of OPERATIONS."""
-    cfg, (encoder, generator) = READINGS[reading], SIZES[size]
-    tokenizer = whole_vocabulary()
-    torch.manual_seed(0)
-    if side == "transformers":
-        model = Peer(cfg, tokenizer, encoder, generator)
-    else:
-        parts = Bert(encoder), BertForMaskedLM(generator), Bert(encoder)
-        model = DiffCSEModel(cfg, tokenizer, *parts)
-    model.to(device).train()
-    scaler = torch.amp.GradScaler(device, enabled=amp == "fp16")
-    step = partial(train_step, model, make_optimizer(model), scaler, AMPS[amp])
-    if side in OPERATIONS:
-        return inside(OPERATIONS[side], step)
-    return accelerate(step, model, side == "fast on", side == "compiled")
+# Sides
 
 
 def step_side(
     side: str, size: str, reading: str, amp: str, device: str, batches: str
 ) -> Callable[[], Tensor]:
-    """The work of one step (lab/worker.py). batches: a file of tuples of tensors."""
-    cfg, step = READINGS[reading], make_step(side, size, reading, amp, device)
+    """One step as the work of lab/worker.py. batches: a file of lists of tuples of tensors.
+
+    side: transformers, fast on, fast off, compiled, or one of OPERATIONS.
+    """
+    cfg, tokenizer, (encoder, generator) = READINGS[reading], whole_vocabulary(), SIZES[size]
     drawn = [Batch(*tensors) for tensors in torch.load(batches)]
-    if device == "cuda" and side != "transformers":  # as in training
-        pad_id = whole_vocabulary().pad_id
-        drawn = [batch.pad(cfg.max_length, pad_id) for batch in drawn]
+    torch.manual_seed(0)
+    if side == "transformers":
+        model = Peer(cfg, tokenizer, SIZES[size])
+    else:
+        parts = Bert(encoder), BertForMaskedLM(generator), Bert(encoder)
+        model = DiffCSEModel(cfg, tokenizer, *parts)
+        if device == "cuda":  # as in training
+            drawn = [batch.pad(cfg.max_length, tokenizer.pad_id) for batch in drawn]
+    model.to(device).train()
+    scaler = torch.amp.GradScaler(device, enabled=amp == "fp16")
+    step = partial(train_step, model, make_optimizer(model), scaler, AMPS[amp])
+    mode = OPERATIONS.get(side, nullcontext)
+    step = accelerate(step, model, side == "fast on", side == "compiled")
     draw = itertools.cycle([batch.to(torch.device(device)) for batch in drawn])
-    return lambda: step(next(draw))["loss"][0]
+
+    def work() -> Tensor:
+        with mode():
+            return step(next(draw))["loss"][0]
+
+    return work

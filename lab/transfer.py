@@ -3,13 +3,13 @@
     python -m lab.transfer MODEL... [--pooler mean] [--tasks MR,CR] [--data DIR] [--json FILE]
     python -m lab.transfer MODEL --protocol senteval     # as published; --mode fast: as in training
 
-Data, folds and selection follow SentEval. A protocol is how one linear layer is fitted:
+Data, folds and selection follow facebookresearch/SentEval (`senteval/tools/validation.py`,
+`classifier.py`). A protocol is how one linear layer is fitted:
     senteval: Adam or RMSprop from one random start, with early stopping, as in published tables.
     lbfgs: the minimum of the same loss. It has no randomness, and is faster.
 
 Shapes: N items, D features including a constant 1 for the bias, C classes, F fits, L values of l2.
 Differs: float64 where SentEval has float32. Not here: MLP classifiers, SNLI, probing tasks.
-Reference: facebookresearch/SentEval, `tools/validation.py` and `tools/classifier.py`.
 """
 
 import json
@@ -44,12 +44,11 @@ FILES = {  # files of each task and their numbers of items
     "MRPC": {"MRPC/msr_paraphrase_train.txt": 4076, "MRPC/msr_paraphrase_test.txt": 1725},
 }
 TASKS = tuple(FILES)  # the columns of the paper's Table 2
-LINES = {  # of files that are a split; the other tasks have a file for each class
-    "SST2": r"(?P<text>[^\t]*)\t(?P<label>[01])",
-    "TREC": r"(?P<label>ABBR|DESC|ENTY|HUM|LOC|NUM):\S* (?P<text>.*)",
-    "MRPC": r"(?P<label>[01])\t[^\t]*\t[^\t]*\t(?P<text>[^\t]*)\t(?P<text2>[^\t]*)",
+LINES = {  # pattern and labels, where a file is a split; the other tasks have a file for each class
+    "SST2": (r"(?P<text>[^\t]*)\t(?P<label>[01])", ["0", "1"]),
+    "TREC": (r"(?P<label>[A-Z]+):\S* (?P<text>.*)", ["ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM"]),
+    "MRPC": (r"(?P<label>[01])\t\d+\t\d+\t(?P<text>[^\t]*)\t(?P<text2>[^\t]*)", ["0", "1"]),
 }
-LABELS = {"SST2": "01", "TREC": ["ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM"], "MRPC": "01"}
 
 
 @dataclass
@@ -70,11 +69,12 @@ def load_task(name: str, senteval: Path) -> Task:
         for number, line in enumerate(lines[header:], 1 + header):
             label, texts = number_of_file, {"text": line}  # an empty line of CR or MPQA is an item
             if name in LINES:
-                match = re.fullmatch(LINES[name], line.strip())
-                if not match:
+                pattern, labels = LINES[name]
+                match = re.fullmatch(pattern, line.strip())
+                if not match or match["label"] not in labels:
                     raise UserError(f"{path} line {number}: not a line of {name}: {line[:50]!r}")
                 texts = match.groupdict()
-                label = LABELS[name].index(texts.pop("label"))
+                label = labels.index(texts.pop("label"))
             rows.append((*(text.split() for text in texts.values()), label))
         if len(rows) != expected:
             raise UserError(f"{path}: {len(rows)} items, published are {expected}")
@@ -101,7 +101,6 @@ def features(task: Task, vectors: dict[str, np.ndarray]) -> Tensor:
 
 SEED = 1111  # of folds, weights and order, as in SentEval
 L2 = np.array([1e-5, 1e-4, 1e-3, 1e-2])
-MAX_EPOCHS = 200
 Fits = list[tuple[np.ndarray, np.ndarray | None]]  # training and validation items (None: hold_out)
 
 
@@ -154,7 +153,7 @@ def fit_senteval(X: Tensor, y: Tensor, classes: int, fits: Fits, l2: np.ndarray,
         lr = {"Adam": 1e-3, "RMSprop": 1e-2}[mode.optimizer]
         optimizer = getattr(torch.optim, mode.optimizer)([w], lr=lr)
         misses, epoch = np.zeros(l2[f].shape, int), 0
-        while len(f) and epoch <= MAX_EPOCHS:
+        while len(f) and epoch <= 200:  # as in SentEval
             for _ in range(mode.epochs):
                 for batch in torch.from_numpy(rng.permutation(train.shape[1])).split(mode.batch):
                     x = X[train[:, batch]]  # (F, B, D)
@@ -174,8 +173,7 @@ def fit_senteval(X: Tensor, y: Tensor, classes: int, fits: Fits, l2: np.ndarray,
                 f, misses, kept = f[keep], misses[keep], torch.from_numpy(keep)
                 validation = [items for items, k in zip(validation, keep) if k]
                 train, penalty, w.data, w.grad = train[kept], penalty[kept], w.data[kept], None
-                state = optimizer.state[w]
-                state |= {name: value[kept] for name, value in state.items() if value.ndim}
+                optimizer.state[w] |= {k: v[kept] for k, v in optimizer.state[w].items() if v.ndim}
     return weights, best
 
 
@@ -228,7 +226,7 @@ PROTOCOLS: dict[str, Callable] = {"lbfgs": fit_lbfgs, "senteval": fit_senteval}
 
 
 def stratified_folds(labels: np.ndarray, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """k times (other items, the fold's items), with even classes: scikit-learn's StratifiedKFold."""
+    """k times (other items, the fold's items), classes spread evenly, as in scikit-learn."""
     _, first, kind = np.unique(labels, return_index=True, return_inverse=True)
     kind = np.argsort(np.argsort(first))[kind]  # classes in order of appearance
     if (smallest := np.bincount(kind).min()) < k:

@@ -73,8 +73,10 @@ def score_model(args: argparse.Namespace, encoder, sets: dict, texts: dict) -> d
 
     scores = {"": score_pairs(look_up, sets)}
     for source in args.sources:
-        self = source == "self"
-        transform = whiten_self if self else partial(whiten, *whitening(encoder(texts[source])))
+        if source == "self":
+            transform = whiten_self
+        else:
+            transform = partial(whiten, *whitening(encoder(texts[source])))
         scores[source] = score_pairs(look_up, sets, transform)
     return scores
 
@@ -91,20 +93,18 @@ def main() -> None:
         help=f"self, or a sentence file, of which {MAX_SENTENCES:,} are read (default: self)",
     )
     args = parser.parse_args()
-    texts = {}
+    texts, labels = {}, {"": "", "self": ", white by itself"}
     for source in args.sources:
         if source != "self":
             rows = read_sentences(find_text(source, args.data))
             texts[source] = [row[0] for row in islice(rows, MAX_SENTENCES)]
+            labels[source] = f", white by {Path(source).name}"
     names = (*TEST_SETS, "STSB-dev", "SICKR-dev")
     sets = load_sets(names, load_set, find_senteval(args.data))
     rows, reports = {}, []
     for name, pooling, encoder in load_encoders(args):
         for source, scores in score_model(args, encoder, sets, texts).items():
-            by = {"": "", "self": ", white by itself"}.get(
-                source, f", white by {Path(source).name}"
-            )
-            rows[f"{name} ({pooling}{by})"] = scores
+            rows[f"{name} ({pooling}{labels[source]})"] = scores
             report = {"model": name, "pooler": pooling, "amp": args.amp}
             report |= {"whitened": source} if source else {}
             reports.append(report | scores | {"average": average(scores)})

@@ -22,9 +22,9 @@ def senteval() -> Path:
     folder = Path(os.environ.get("DIFFCSE_SHARED", ROOT.parent / "shared")) / "data"
     if not folder.is_dir():
         pytest.skip(f"no real data in {folder}; DIFFCSE_SHARED names another place")
-    import data  # after the lines above
+    from engine.hub import find_senteval  # after the variables above are set
 
-    return data.find_senteval(str(folder))
+    return find_senteval(str(folder))
 
 
 @pytest.fixture(scope="session")

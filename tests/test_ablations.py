@@ -814,8 +814,10 @@ def test_flags_load_the_models_that_they_need_and_train_them(flags, expected, lo
 
     monkeypatch.setattr(diffcse, "load_bert", load_bert)
     monkeypatch.setattr(ablations, "load_bert", load_bert)
-    model, expected = built(*flags), set(expected.split())
+    model, expected = built(*flags, "--dropout", "0.3"), set(expected.split())
     assert parts(model) == expected and read == loaded
+    trained = [each for each in (model.encoder, model.discriminator) if each]
+    assert {each.cfg.hidden_dropout_prob for each in trained} == {0.3}
     if "generator" in expected:
         with pytest.raises(UserError, match="nowhere"):
             built(*flags, "--generator", "./nowhere")
@@ -943,6 +945,15 @@ def test_the_command_with_default_flags_computes_what_diffcse_computes(files, tm
     arguments = [*SMALL, *files, "--out-dir", str(tmp_path / "core")]
     diffcse.train(cli.parse(diffcse.Config, diffcse.PRESETS, arguments)[1])
     assert log_of(tmp_path / "lab") == log_of(tmp_path / "core")
+
+
+@pytest.mark.parametrize("whose, views, columns", [("same", 2, 1), ("next", 4, 2), ("both", 4, 2)])
+def test_paragraphs_are_read_with_the_next_sentences_where_they_are_needed(
+    whose, views, columns, files
+):
+    model = built("--text", "paragraphs", "--condition-on", whose, *files)
+    sentences = model.load_sentences()
+    assert (len(sentences), sentences.views, sentences.columns) == (5, views, columns)
 
 
 def test_a_stopped_ablation_resumes_to_the_same_end(files, tmp_path, monkeypatch, capsys):

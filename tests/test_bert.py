@@ -336,8 +336,7 @@ def test_a_released_diffcse_checkpoint_gives_its_own_encoder(family, tmp_path):
     others[WORDS] = torch.zeros(1)  # not the encoder's, which has the prefix
     encoder.config.save_pretrained(tmp_path)
     tensors = {f"{family}.{k}": v for k, v in encoder.state_dict().items()}
-    first = dict(list(others.items())[:3])
-    torch.save({**first, **tensors, **others}, tmp_path / "pytorch_model.bin")
+    torch.save(others | tensors, tmp_path / "pytorch_model.bin")
 
     ours = bert.load_bert(tmp_path)
     ids, mask = batch(ours.cfg, 13)
@@ -467,7 +466,7 @@ F32 [2] 0,8 + F32 [2] 8,16; F32 [4] 0,16; F32 [2] 8,0; F32 [2] -8,0; F32 [2] 0.0
 F32 [2] 0,Infinity; F32 [2] 0; F32 [2] 0,8,8; F32 [1] 0,8; F32 [3] 0,8; F64 [2] 0,8; F33 [2] 0,8
 F32 2 0,8; F32 [-2,-1] 0,8; F32 [2.0] 0,8; F32 [true,2] 0,8
 F32 [{2**62},{2**62}] 0,8; F32 [{2**63},2,2] 0,8; F32 [2] 0,8 + F32 [0,{2**70}] 8,8
-F32 [2] 0,8 + F32 [{2**62},{2**62},0] 8,8
+F32 [2] 0,8 + F32 [{2**32},{2**32},0] 8,8; F32 [2] false,8; U8 [-1] 0,-1 + U8 [9] -1,8
 """
 HEADERS = [header_of(entries) for entries in re.split("[;\n] *", ENTRIES.strip())]
 HEADERS += ["[]", "7", "{'a': 1}", '{"a": 1}', '{"\xff": 1}', "[" * 100_000, GOOD[:-1]]

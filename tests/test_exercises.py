@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,10 +17,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import diffcse
+from engine.tokens import TokenizedSentences
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "exercises"))
 
 import answers  # noqa: E402
+import detached  # noqa: E402
 import mends  # noqa: E402
 import test_fix_it as bugs  # noqa: E402
 import test_write_it as checks  # noqa: E402
@@ -684,3 +689,127 @@ def test_each_planted_bug_fails_its_own_test_and_no_other(left):
     for name, message in failed.items():
         pattern = rf"bug {name[8]}: .{{20,}}"
         assert name == "test_mended" or re.match(pattern, message, re.DOTALL), message
+
+
+# ------------------------------------------------------------------------------------------------
+# What was measured
+
+
+def measured_symptoms() -> list[dict]:
+    return json.loads((ROOT / "results/exercises/fix_it.json").read_text())["runs"]
+
+
+def column(run: dict, name: str, steps=range(1, 41)) -> list[float]:
+    return [run["log"][step][name] for step in steps]
+
+
+def test_the_symptoms_in_the_text_are_those_that_were_measured():
+    text = (ROOT / "EXERCISES.md").read_text()
+    section = text[text.index("## Fix it") : text.index("## Explore it")]
+    settings = (0.05, 3e-5, 0)
+    runs = measured_symptoms()
+    of = {r["bug"]: r for r in runs if (r["lam"], r["lr"], r["seed"]) == settings}
+
+    def at(bug, name, step):
+        return of[bug]["log"][step][name]
+
+    def first_ten(bug):
+        return np.mean(column(of[bug], "share_replaced", range(1, 11)))
+
+    three_digits = [
+        *(at(bug, "contrastive", 1) for bug in (None, 7)),
+        at(None, "contrastive", 40),
+        *(at(bug, "difference", 40) for bug in (None, 6)),
+        *(at(bug, "accuracy_replaced", 40) for bug in (None, 3, 6)),
+        *(first_ten(bug) for bug in (None, 3)),
+        *of[6]["padded_losses"],
+    ]
+    two_digits = [
+        *(at(1, "contrastive", step) for step in (1, 40)),
+        *(at(bug, "score", step) for bug in (None, 4) for step in (0, 40)),
+    ]
+    for number in three_digits:
+        assert f"{number:.3f}" in section, number
+    for number in two_digits:
+        assert f"{number:.2f}" in section, number
+    assert at(5, "positive_cosine", 11) > 0.99995 > at(5, "positive_cosine", 10)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_symptom_shows_with_every_seed(seed):
+    runs = [run for run in measured_symptoms() if run["seed"] == seed]
+    of = {(run["bug"], run["lam"], run["lr"]): run for run in runs}
+    right, bug = of[None, 0.05, 3e-5], {n: of[n, 0.05, 3e-5] for n in mends.MENDS}
+    other_lam = {n: of[n, 5.0, 3e-5] for n in (None, 2)}
+    assert min(column(bug[1], "contrastive")) > 3.4 > 1 > column(right, "contrastive")[0]
+    assert column(bug[2], "contrastive") == column(other_lam[2], "contrastive")
+    assert column(right, "contrastive") != column(other_lam[None], "contrastive")
+    shares = [np.mean(column(run, "share_replaced")) for run in (bug[3], right)]
+    assert shares[0] - shares[1] > 0.03
+    assert bug[4]["log"][0]["score"] < 71 < 73 < right["log"][0]["score"]
+    assert min(column(bug[5], "positive_cosine", range(11, 41))) > 0.9999
+    assert max(column(right, "positive_cosine")) < 0.6
+    little, much = bug[6]["padded_losses"]
+    assert little > 1.2 * much and np.isclose(*right["padded_losses"], rtol=1e-5)
+    assert (bug[7]["num_batches_tracked"], right["num_batches_tracked"]) == (80, 40)
+    with_bug, without = of[8, 0.05, 1e-3], of[None, 0.05, 1e-3]
+    last = [np.mean(column(r, "share_replaced", range(31, 41))) for r in (with_bug, without)]
+    assert last[0] > 1.2 * last[1]
+    assert with_bug["generator_moved"] > 0 == without["generator_moved"]
+
+
+SEEN = [  # experiment, group, field of the log or "score", digits; last mean ± std in the text
+    ("1_seeds", "demo", "score", 2),
+    ("2_lam", "lam 0", "contrastive", 3),
+    ("2_lam", "lam 5", "contrastive", 3),
+    ("2_lam", "lam 500", "contrastive", 3),
+    ("2_lam", "lam 500", "score", 2),
+    ("2_lam", "lam 500", "prediction", 3),
+    ("3_mask", "mask_ratio 0.05", "score", 2),
+    ("3_mask", "mask_ratio 0.9", "score", 2),
+    ("3_mask", "mask_ratio 0.9", "accuracy_replaced", 2),
+    ("3_mask", "mask_ratio 0.9", "accuracy_kept", 2),
+    ("4_edit", "edit sample", "score", 2),
+    ("4_edit", "edit argmax", "score", 2),
+    ("4_edit", "edit sample", "accuracy_replaced", 2),
+    ("5_detach", "program diffcse.py", "contrastive", 3),
+    ("5_detach", "program detached.py", "contrastive", 3),
+    ("5_detach", "program detached.py", "prediction", 3),
+    ("5_detach", "program detached.py", "score", 2),
+    ("6_projector", "projector tanh", "contrastive", 3),
+    ("6_projector", "projector tanh", "score", 2),
+    ("6_projector", "projector batchnorm", "score", 2),
+    ("7_generator", "generator runs/weak", "score", 2),
+    ("8_temperature", "temperature 1", "score", 2),
+    ("8_temperature", "temperature 0.005", "score", 2),
+]
+
+
+@pytest.mark.parametrize("experiment, name, field, digits", SEEN)
+def test_what_was_seen_is_what_was_measured(experiment, name, field, digits):
+    measured = json.loads((ROOT / f"results/exercises/explore_{experiment}.json").read_text())
+    group = next(group for group in measured["groups"] if group["name"] == name)
+    mean, std = (group["curves"][field][key][-1] for key in ("mean", "std"))
+    text = (ROOT / "EXERCISES.md").read_text()
+    section = text[text.index(f"### {experiment[0]}. ") :]
+    section = section.partition("\n### ")[0].partition("\n## ")[0]
+    assert f"{mean:.{digits}f} ± {std:.{digits}f}" in section, (mean, std)
+
+
+def test_no_experiment_took_more_than_five_minutes():
+    seconds = json.loads((ROOT / "results/exercises/seconds.json").read_text())
+    assert sorted(seconds["runs"]) == list("12345678")
+    assert max(seconds["runs"].values()) + max(seconds["page"].values()) <= 300
+
+
+def test_detached_gives_the_encoder_no_gradient_of_the_discriminator():
+    sentences, cfg = ["a man plays", "two cats sleep"], replace(diffcse.PRESETS["demo"], lam=1.0)
+    norms = []
+    for model_class in (diffcse.DiffCSEModel, detached.Detached):
+        torch.manual_seed(0)
+        model = model_class.from_pretrained(replace(cfg, contrastive=False)).train()
+        rows = TokenizedSentences([(s,) for s in sentences], model.tokenizer, cfg.max_length)
+        model(diffcse.draw_batch(rows, model.tokenizer, cfg, 0))[0].backward()
+        norms.append([bugs.gradients(part).norm() for part in (model.encoder, model.discriminator)])
+    (encoder, _), (encoder_detached, discriminator) = norms
+    assert encoder > 0 == encoder_detached and discriminator > 0

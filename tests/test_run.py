@@ -1,6 +1,5 @@
-"""run.py and resuming: an interrupted run ends as an uninterrupted one, bit for bit; stopping, locks, full disks, losses that are no numbers."""
+"""Resuming ends where an uninterrupted run ends, bit for bit; stopping, locks, full disks, NaN."""
 
-import dataclasses
 import errno
 import json
 import math
@@ -10,259 +9,291 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from test_training import log_of, run, same_weights, tiny  # noqa: F401  (fixtures)
+from conftest import ROOT, read_log
 
 import bert
 import diffcse
-import run as runs
-from bert import UserError
-from config import Config, parse_args
-
-ROOT = Path(diffcse.__file__).parent
+from diffcse import PRESETS, Config
+from engine import run as runs
+from engine.cli import parse
+from engine.errors import UserError
 
 
 class Crash(Exception):
     pass
 
 
-def crash_at(monkeypatch, steps: int, error=Crash) -> None:
-    """The next process dies before its step of that number: train_step raises."""
-    real, made = diffcse.train_step, []
+def before_step(monkeypatch, number: int, action) -> list:
+    """Call `action` at the start of the step of that number, from 1. Returns the steps taken."""
+    train_step, steps = diffcse.train_step, []
 
-    def train_step(*args, **more):
-        if len(made) == steps:
-            monkeypatch.setattr(diffcse, "train_step", real)
-            raise error
-        made.append(0)
-        return real(*args, **more)
+    def wrapped(*args):
+        steps.append(0)
+        if len(steps) == number:
+            action()
+        return train_step(*args)
 
-    monkeypatch.setattr(diffcse, "train_step", train_step)
+    monkeypatch.setattr(diffcse, "train_step", wrapped)
+    return steps
+
+
+def crash_at(monkeypatch, number: int) -> None:
+    train_step = diffcse.train_step
+
+    def crash() -> None:
+        monkeypatch.setattr(diffcse, "train_step", train_step)
+        raise Crash
+
+    before_step(monkeypatch, number, crash)
 
 
 def outcome(folder: Path) -> tuple:
+    """Everything that two equal runs have in common."""
     results = json.loads((folder / "results.json").read_text())
-    return log_of(folder), {key: value for key, value in results.items() if key not in ("minutes", "command")}
+    results = {k: v for k, v in results.items() if k not in ("minutes", "command", "folder")}
+    weights = bert.read_safetensors(folder / "best" / "model.safetensors")
+    return read_log(folder), results, {name: t.tolist() for name, t in weights.items()}
 
 
-METHODS = [{}, {"edit": "sample", "edit_scope": "masked", "pads_in_loss": False, "generator_dropout": False, "views": "first"},
-           {"lam": 0.0, "projector": "tanh"}, {"amp": "bf16", "projector": "tanh"}]  # fmt: skip
+METHODS = {
+    "published": {},
+    "paper": {
+        "edit": "sample",
+        "edit_scope": "masked",
+        "pads_in_loss": False,
+        "generator_dropout": False,
+        "views": "first",
+    },
+    "simcse": {"lam": 0.0, "projector": "tanh"},
+    "bf16": {"amp": "bf16", "projector": "tanh"},
+}
 
 
-@pytest.mark.parametrize("method", METHODS, ids=["published", "paper", "simcse", "bf16"])
-def test_a_run_that_died_at_any_step_ends_as_one_that_did_not(run, tmp_path, monkeypatch, method):  # noqa: F811
-    """Log lines of several steps, epochs, a short last batch: killed before every step, once after the other, and at each alone."""
-    options = dict(log_every=2, eval_every=3, steps=7, save_minutes=0, **method)  # 3 steps an epoch
-    run(**options, out_dir=str(tmp_path / "whole"))
-    for deaths in ([1], [2], [3], [5], [0, 1, 1, 1, 1, 1, 1]):
-        out = tmp_path / f"died{deaths}"
-        for i, steps in enumerate(deaths):
-            crash_at(monkeypatch, steps)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_crashed_at_any_step_ends_as_one_that_did_not(
+    train_tiny, tmp_path, monkeypatch, method
+):
+    """Log lines of several steps, epochs of 3 steps, a short last batch."""
+    settings = dict(log_every=2, eval_every=3, steps=7, save_minutes=0, **METHODS[method])
+    whole = tmp_path / "whole"
+    train_tiny(**settings, out_dir=str(whole))
+    for crashes in ([2], [3], [4], [6], [1, 2, 2, 2, 2, 2, 2]):
+        out = tmp_path / f"crashed{crashes}"
+        for i, step in enumerate(crashes):
+            crash_at(monkeypatch, step)
             with pytest.raises(Crash):
-                run(**options, **({"resume": str(out)} if i else {"out_dir": str(out)}))
+                train_tiny(**settings, **({"resume": str(out)} if i else {"out_dir": str(out)}))
             assert (out / runs.STATE).is_file() and not (out / "results.json").exists()
-        torch.manual_seed(99), torch.rand(7)  # whatever happened since
-        run(**options, resume=str(out), out_dir="")
-        assert outcome(out) == outcome(tmp_path / "whole") and same_weights(out, tmp_path / "whole")
-        assert (out / "config.json").read_bytes() == (tmp_path / "whole" / "config.json").read_bytes()
-        assert sorted(f.name for f in out.iterdir()) == sorted(f.name for f in (tmp_path / "whole").iterdir()) and not (out / runs.STATE).exists()
-    assert [line["step"] for line in log_of(out)] == [0, 1, 2, 3, 4, 6, 6, 7, 7]
+        torch.manual_seed(99), torch.rand(7)  # no random state is needed
+        train_tiny(**settings, resume=str(out), out_dir="")
+        assert outcome(out) == outcome(whole)
+        assert (out / "config.json").read_bytes() == (whole / "config.json").read_bytes()
+        names = [{file.name for file in folder.iterdir()} for folder in (out, whole)]
+        assert names[0] == names[1] and runs.STATE not in names[0]
+    assert [row["step"] for row in read_log(out)] == [0, 1, 2, 3, 3, 4, 6, 6, 7, 7]
 
 
-def test_states_that_are_old_cost_steps_and_nothing_else(run, tmp_path, monkeypatch):  # noqa: F811
-    """The state is of step 2 and the run dies at step 6: log lines and a best model that it does not know of are made once more."""
-    options = dict(log_every=1, eval_every=2, steps=8)
-    run(**options, out_dir=str(tmp_path / "whole"))
-    out, now = tmp_path / "out", [0.0]
-    real = diffcse.save_state
-
-    def clock() -> float:
-        now[0] += 0.001
-        return now[0]
-
-    monkeypatch.setattr(diffcse.time, "time", clock)
-
-    def save_state(folder, tensors, facts):
-        real(folder, tensors, facts)
-        saved.append(facts.get("step"))
-
-    saved: list = []
-    monkeypatch.setattr(diffcse, "save_state", save_state)
-    step = diffcse.train_step
-
-    def train_step(*args, **more):
-        now[0] += 200 if len(saved) == 1 else 0  # 5 minutes are over after two steps, and never again
-        return step(*args, **more)
-
-    monkeypatch.setattr(diffcse, "train_step", train_step)
-    crash_at(monkeypatch, 6)
+def test_an_old_state_costs_steps_and_nothing_else(train_tiny, tmp_path, monkeypatch):
+    """The state is of step 2, the crash at step 6: later log lines and models are made again."""
+    settings = dict(log_every=1, eval_every=2, steps=8)
+    train_tiny(**settings, out_dir=str(tmp_path / "whole"))
+    saved, save_state = [], runs.save_state
+    monkeypatch.setattr(
+        runs, "save_state", lambda *a: saved.append(a[2].get("step")) or save_state(*a)
+    )
+    monkeypatch.setattr(runs.Run, "save_due", lambda self: self.step in (2, self.total))
+    crash_at(monkeypatch, 7)
     with pytest.raises(Crash):
-        run(**options, out_dir=str(out))
-    assert saved == [None, 2] and log_of(out)[-1]["step"] == 6
-    monkeypatch.setattr(diffcse, "train_step", step)
-    run(**options, resume=str(out))
-    assert saved == [None, 2, 8] and outcome(out) == outcome(tmp_path / "whole") and same_weights(out, tmp_path / "whole")
+        train_tiny(**settings)
+    assert saved == [None, 2] and read_log(tmp_path / "out")[-1]["step"] == 6
+    train_tiny(**settings, resume=str(tmp_path / "out"))
+    assert saved == [None, 2, 8] and outcome(tmp_path / "out") == outcome(tmp_path / "whole")
 
 
-def test_only_what_changes_no_number_may_change(run, tiny, tmp_path, monkeypatch):  # noqa: F811
-    crash_at(monkeypatch, 2)
+def test_save_minutes(train_tiny, tmp_path, monkeypatch):
+    """On a clock that counts: no state before the time has passed."""
+    saved, now, save_state = [], [0.0], runs.save_state
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(
+        runs, "save_state", lambda *a: saved.append(a[2].get("step")) or save_state(*a)
+    )
+    before_step(monkeypatch, 3, lambda: now.__setitem__(0, 301.0))
+    train_tiny(save_minutes=5.0)
+    assert saved == [None, 3, 5]
+
+
+def test_only_settings_that_change_no_number_may_change(train_tiny, tiny, tmp_path, monkeypatch):
+    crash_at(monkeypatch, 3)
     with pytest.raises(Crash):
-        run(save_minutes=0)
+        train_tiny(save_minutes=0)
     out = str(tmp_path / "out")
-    with pytest.raises(UserError, match=r"lr is 0.01 there and 0.1 here; lam is 0.05 there and 0.0 here. A run goes on as it began; data, device, "):
-        parse_args(["--resume", out, "--lam", "0", "--lr", "0.1"])
-    with pytest.raises(UserError, match="model is .* there and 'assets/small-bert' here"):
-        parse_args(["--config", "demo", "--resume", out])
-    name, cfg = parse_args(["--resume", out, "--eval-every", "3", "--log-every", "1", "--save-minutes", "9", "--device", "cpu"])
+    for argv, message in [
+        (["--resume", out, "--lam", "0"], "--lam is 0.0, but the run has 0.05"),
+        (
+            ["--resume", out, "--lr", "0.1"],
+            "A resumed run keeps its settings, except: data, device",
+        ),
+        (["--resume", str(tmp_path / "none")], "no run there"),
+        (["--config", "demo", "--resume", out], "but the run has"),
+    ]:
+        with pytest.raises(UserError) as error:
+            parse(Config, PRESETS, argv)
+        assert message in str(error.value)
+    name, cfg = parse(
+        Config, PRESETS, ["--resume", out, "--eval-every", "3", "--save-minutes", "9"]
+    )
     assert (name, cfg.eval_every, cfg.save_minutes, cfg.resume) == ("run", 3, 9, out)
-    for folder, says in [(tmp_path / "none", "there is no run in it$"), (tmp_path, "it can be the --out-dir of a new one")]:
-        with pytest.raises(UserError, match=says):
-            parse_args(["--resume", str(folder)])
     text = tmp_path / "other.txt"
     text.write_text((tiny / "text.txt").read_text().replace("the", "a"))
-    with pytest.raises(UserError, match="the sentences of .*other.txt are not those that this run began with"):
-        run(resume=out, train_file=str(text))
-    with pytest.raises(UserError, match="out holds a run that has not ended: go on with it by python diffcse.py --resume "):
-        run()
-    run(resume=out, eval_every=3)
-    assert [row["step"] for row in log_of(tmp_path / "out") if "score" in row] == [0, 2, 3, 5]  # every 2, then every 3 and the last
-    before = {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir() if f.is_file()}
-    with pytest.raises(UserError, match="holds a run that has ended"):
-        run(resume=out)
-    with pytest.raises(UserError, match="is there already and not an empty folder"):
-        run()
-    assert before == {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir() if f.is_file()}
+    with pytest.raises(UserError, match="other.txt has changed since .*out started"):
+        train_tiny(resume=out, train_file=str(text))
+    with pytest.raises(
+        UserError, match="out has an unfinished run; resume it with: python .*--resume"
+    ):
+        train_tiny()
+    train_tiny(resume=out, eval_every=3)
+    evaluated = [row["step"] for row in read_log(tmp_path / "out") if "score" in row]
+    assert evaluated == [0, 2, 3, 5]  # every 2 steps, then every 3, and the last
+    files = [file for file in (tmp_path / "out").iterdir() if file.is_file()]
+    before = {file: file.read_bytes() for file in files if file.name != runs.LOCK}
+    with pytest.raises(UserError, match="is a finished run"):
+        train_tiny(resume=out)
+    with pytest.raises(UserError, match="is not empty"):
+        train_tiny()
+    assert before == {file: file.read_bytes() for file in before}
 
 
-def test_what_a_kill_left_before_the_first_state_is_begun_again(run, tmp_path):  # noqa: F811
-    run(out_dir=str(tmp_path / "whole"))
-    out = tmp_path / "out"
+def test_a_kill_before_the_first_state_starts_again(train_tiny, tmp_path):
+    train_tiny(out_dir=str(tmp_path / "whole"))
+    out, again = tmp_path / "out", tmp_path / "again"
     out.mkdir()
-    (out / ".config.json.1.tmp").write_text("{")  # killed within its first write: nothing to resume, but no obstacle
-    run()
+    (out / ".config.json.1.tmp").write_text("{")  # killed in its first write
+    train_tiny()
     assert outcome(out) == outcome(tmp_path / "whole")
-    again = tmp_path / "again"
     again.mkdir()
-    (again / "config.json").write_bytes((out / "config.json").read_bytes())  # killed before the first state
+    (again / "config.json").write_bytes((out / "config.json").read_bytes())
     (again / "log.jsonl").write_text('{"step": 0}\n')
-    run(resume=str(again), out_dir="")
-    assert outcome(again) == outcome(tmp_path / "whole") and same_weights(again, out)
+    train_tiny(resume=str(again), out_dir="")
+    assert outcome(again) == outcome(tmp_path / "whole")
 
 
-# --------------------------------------------------------------------------------------------------------- stopping
+def test_a_kill_while_best_is_replaced_loses_no_model(train_tiny, tmp_path, monkeypatch):
+    """Between the two renames, the earlier model has another name; resuming restores it."""
+    train_tiny(out_dir=str(tmp_path / "whole"), save_minutes=0)
+    crash_at(monkeypatch, 4)
+    with pytest.raises(Crash):
+        train_tiny(save_minutes=0)
+    out = tmp_path / "out"
+    os.rename(out / "best", out / ".best.earlier")
+    train_tiny(resume=str(out), save_minutes=0)
+    assert outcome(out) == outcome(tmp_path / "whole") and not (out / ".best.earlier").exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# Stopping
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(run, tmp_path, monkeypatch, capsys, number):  # noqa: F811
-    run(out_dir=str(tmp_path / "whole"))
-    real, made, before = diffcse.train_step, [], [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-
-    def train_step(*args, **more):
-        made.append(0)
-        if len(made) == 3:
-            os.kill(os.getpid(), number)
-        return real(*args, **more)
-
-    monkeypatch.setattr(diffcse, "train_step", train_step)
+def test_a_signal_finishes_the_step_and_saves(train_tiny, tmp_path, monkeypatch, capsys, number):
+    train_tiny(out_dir=str(tmp_path / "whole"))
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    steps = before_step(monkeypatch, 3, lambda: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as exit:
-        run()
+        train_tiny()
     out = tmp_path / "out"
-    assert exit.value.code == 128 + number and len(made) == 3
-    assert f"stopped after step 3 of 5. To go on: python diffcse.py --resume {out}" in capsys.readouterr().err
-    assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]  # as they were
-    run(resume=str(out))
-    assert outcome(out) == outcome(tmp_path / "whole") and same_weights(out, tmp_path / "whole")
+    assert exit.value.code == 128 + number and len(steps) == 3
+    assert "stopped after step 3; resume with: python" in capsys.readouterr().err
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    train_tiny(resume=str(out))
+    assert outcome(out) == outcome(tmp_path / "whole")
 
 
-def test_a_second_signal_stops_at_once(run, tmp_path, monkeypatch):  # noqa: F811
-    real, made = diffcse.train_step, []
+def test_a_second_signal_stops_at_once(train_tiny, tmp_path, monkeypatch):
+    def interrupt_twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
 
-    def train_step(*args, **more):
-        made.append(0)
-        if len(made) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(*args, **more)
-
-    monkeypatch.setattr(diffcse, "train_step", train_step)
+    before_step(monkeypatch, 3, interrupt_twice)
     with pytest.raises(KeyboardInterrupt):
-        run(save_minutes=0)
-    state = bert.read_safetensors(tmp_path / "out" / runs.STATE)
-    assert json.loads(state["facts"].numpy().tobytes())["step"] == 2  # the last one, whole
+        train_tiny(save_minutes=0)
+    assert runs.load_state(tmp_path / "out")[1]["step"] == 2  # the last one, whole
 
 
-# ----------------------------------------------------------------------------------------------------- the disk
+# ------------------------------------------------------------------------------------------------
+# The disk
 
 
-def test_a_full_disk_is_one_line_and_the_old_state_stays(run, tmp_path, monkeypatch):  # noqa: F811
-    """No space left in the middle of the third state: the second is still there and the run goes on from it."""
-    run(out_dir=str(tmp_path / "whole"))
-    real, states = os.fsync, []
+def test_a_full_disk_is_one_line_and_the_old_state_stays(train_tiny, tmp_path, monkeypatch):
+    """No space in the middle of the third state: the second is intact, and the run resumes."""
+    train_tiny(out_dir=str(tmp_path / "whole"))
+    write, states = runs.write_safetensors, []
 
-    def fsync(fd):
-        if os.readlink(f"/proc/self/fd/{fd}").endswith(".tmp") and "state" in os.readlink(f"/proc/self/fd/{fd}"):
-            states.append(0)
-            if len(states) == 4:  # the first has no step in it
-                raise OSError(errno.ENOSPC, "No space left on device")
-        return real(fd)
+    def write_until_full(path, tensors) -> None:
+        states.append(0)
+        write(path, tensors)
+        if len(states) == 4:  # the first has no step
+            os.truncate(path, 100)
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    if not Path("/proc/self/fd").is_dir():
-        pytest.skip("asks /proc which file is written")
-    monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(UserError, match="state.safetensors could not be written: No space left on device; what was there before is unharmed"):
-        run(save_minutes=0)
+    monkeypatch.setattr(runs, "write_safetensors", write_until_full)
+    message = "cannot write .*state.safetensors: No space left on device; after fixing this, resume"
+    with pytest.raises(UserError, match=message):
+        train_tiny(save_minutes=0)
     out = tmp_path / "out"
     assert runs.load_state(out)[1]["step"] == 2
-    assert not list(out.glob("*.tmp")) and not list(out.glob(".*.tmp"))
-    run(resume=str(out))
-    assert outcome(out) == outcome(tmp_path / "whole") and same_weights(out, tmp_path / "whole")
+    assert not list(out.glob(".*.tmp"))
+    train_tiny(resume=str(out))
+    assert outcome(out) == outcome(tmp_path / "whole")
 
 
 def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
-    """/dev/full, as a log: no traceback from the write, nor from the close."""
+    """/dev/full in place of the log: one line, no traceback."""
     if not Path("/dev/full").exists():
-        pytest.skip("there is no /dev/full")
-    out = tmp_path / "out"
+        pytest.skip("needs /dev/full")
+    out, text, pairs = tmp_path / "out", tmp_path / "text.txt", tmp_path / "pairs.tsv"
     out.mkdir()
     (out / "log.jsonl").symlink_to("/dev/full")
-    words = tmp_path / "text.txt"
-    words.write_text("".join(f"the cat number {i}\n" for i in range(40)))
-    (tmp_path / "pairs.tsv").write_text("a\tb\tc\n" + "".join(f"cat {i}\tdog {i * i}\t{i}\n" for i in range(9)))
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(Config(
-        model="assets/small-bert", generator="assets/small-bert", train_file=str(words), score=str(tmp_path / "pairs.tsv"), steps=2, batch_size=4))))  # fmt: skip
-    done = subprocess.run([sys.executable, str(ROOT / "diffcse.py"), "--resume", str(out)], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
-    assert f"{out} cannot be written to any more: " in done.stderr and f"When it can: python diffcse.py --resume {out}" in done.stderr
+    text.write_text("".join(f"the cat number {i}\n" for i in range(40)))
+    pairs.write_text("a\tb\tc\n" + "".join(f"cat {i}\tdog {i * i}\t{i}\n" for i in range(9)))
+    small = "assets/small-bert"
+    cfg = Config(small, small, str(text), score=str(pairs), steps=2, batch_size=4)
+    (out / "config.json").write_text(json.dumps(asdict(cfg)))
+    command = [sys.executable, str(ROOT / "diffcse.py"), "--resume", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.count("error: ") == 1
+    assert f"cannot write to {out}: " in done.stderr
+    assert f"resume with: python diffcse.py --resume {out}" in done.stderr
 
 
-def test_a_folder_that_is_deleted_stops_the_run(run, tmp_path, monkeypatch):  # noqa: F811
-    real, made = diffcse.train_step, []
-
-    def train_step(*args, **more):
-        made.append(0)
-        if len(made) == 3:
-            shutil.rmtree(tmp_path / "out")
-        return real(*args, **more)
-
-    monkeypatch.setattr(diffcse, "train_step", train_step)
-    with pytest.raises(UserError, match="out was deleted while the run wrote to it: training stopped"):
-        run(save_minutes=0)
-    assert len(made) == 3 and not (tmp_path / "out").exists()
+def test_a_folder_that_is_deleted_stops_the_run(train_tiny, tmp_path, monkeypatch):
+    steps = before_step(monkeypatch, 3, lambda: shutil.rmtree(tmp_path / "out"))
+    with pytest.raises(UserError, match="out was deleted during the run"):
+        train_tiny(save_minutes=0)
+    assert len(steps) == 3 and not (tmp_path / "out").exists()
 
 
-def test_two_runs_in_one_folder_the_second_is_refused_and_a_dead_one_holds_nothing(tmp_path):
-    """The lock is the system's: a process that is killed lets go of it."""
-    holder = subprocess.Popen([sys.executable, "-c", textwrap.dedent(f"""
-        import sys, time; sys.path.insert(0, {str(ROOT)!r})
-        from pathlib import Path; import run
-        with run.locked(Path({str(tmp_path)!r})): print("held", flush=True); time.sleep(60)""")], stdout=subprocess.PIPE, text=True)  # fmt: skip
+def test_a_folder_in_use_is_refused_and_a_dead_process_holds_none(tmp_path):
+    script = f"""
+        import sys, time
+        sys.path.insert(0, {str(ROOT)!r})
+        from pathlib import Path
+        from engine import run
+        with run.locked(Path({str(tmp_path)!r})):
+            print("held", flush=True)
+            time.sleep(60)"""
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     for enter in (lambda: runs.locked(tmp_path), lambda: runs.new_folder(str(tmp_path), "x")):
-        with pytest.raises(UserError, match=rf"is in use by another run \(process {holder.pid}\)"), enter():
-            pass
+        with pytest.raises(UserError, match=rf"in use by another run \(process {holder.pid}\)"):
+            with enter():
+                pass
     holder.kill()
     holder.wait()
     with runs.new_folder(str(tmp_path), "x") as folder:
@@ -275,47 +306,92 @@ def test_numbered_folders_are_never_shared(tmp_path, monkeypatch):
         assert (str(first), str(second)) == ("runs/demo-1", "runs/demo-2")
 
 
-@pytest.mark.parametrize("content, says", [
-    (b"12", "not a whole safetensors file"), (None, "is no state of a run; delete it to begin the run again")])
-def test_a_damaged_state_is_refused(tmp_path, content, says):
-    bert.write_safetensors(tmp_path / runs.STATE, {"facts": torch.zeros(3, dtype=torch.uint8)})
+@pytest.mark.parametrize(
+    "content, message", [(b"12", "damaged"), (None, "not a run's state; delete it to start again")]
+)
+def test_a_damaged_state_is_refused(tmp_path, content, message):
+    bert.write_safetensors(tmp_path / runs.STATE, {"run_state": torch.zeros(3, dtype=torch.uint8)})
     if content is not None:
         (tmp_path / runs.STATE).write_bytes(content)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         runs.load_state(tmp_path)
 
 
-# -------------------------------------------------------------------------------------------- losses that are no numbers
+# ------------------------------------------------------------------------------------------------
+# NaN
 
 
-@pytest.mark.parametrize("what, says", [("contrastive", "the contrastive loss is not a number at step 4"), ("prediction", "the loss of the discriminator is not"),
-                                        ("grad_norm", "the gradient is not a number at step 4")])  # fmt: skip
-def test_a_loss_that_is_no_number_stops_the_run_and_the_last_good_state_stays(run, tmp_path, monkeypatch, what, says):  # noqa: F811
-    real, made = diffcse.train_step, []
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("contrastive", "the contrastive loss is NaN or infinite at step 4"),
+        ("difference", "the discriminator's loss is NaN or infinite at step 4"),
+        ("grad_norm", "the gradient is NaN or infinite at step 4"),
+    ],
+)
+def test_nan_stops_the_run_and_the_last_good_state_stays(
+    train_tiny, tmp_path, monkeypatch, name, message
+):
+    train_step, steps = diffcse.train_step, []
 
-    def train_step(*args, **more):
-        sums = real(*args, **more)
-        made.append(0)
-        return sums | {what: torch.tensor(math.nan)} if len(made) == 4 else sums
+    def nan_at_step_4(*args):
+        metrics = train_step(*args)
+        steps.append(0)
+        return metrics | {name: (torch.tensor(math.nan), 1)} if len(steps) == 4 else metrics
 
-    monkeypatch.setattr(diffcse, "train_step", train_step)
-    with pytest.raises(UserError, match=says + ".*best holds the model of step 2. Try a lower --lr, or --amp off"):
-        run(save_minutes=0, log_every=3)
-    assert runs.load_state(tmp_path / "out")[1]["step"] == 3
-    assert all(t.isfinite().all() for name, t in runs.load_state(tmp_path / "out")[0].items() if t.is_floating_point())
-
-
-def test_in_fp16_an_overflow_is_a_step_less_and_overflow_without_end_stops_the_run():
-    scaler = torch.amp.GradScaler("cuda" if torch.cuda.is_available() else "cpu", enabled=True)
-    nan = {"contrastive": torch.tensor(math.nan), "grad_norm": torch.tensor(math.inf)}
-    scaler._lazy_init_scale_growth_tracker(torch.device("cpu")) if not torch.cuda.is_available() else None
-    diffcse.check_finite([nan], 7, scaler, "kept")
-    scaler.load_state_dict(scaler.state_dict() | {"scale": 0.5})
-    with pytest.raises(UserError, match="fp16 overflows at every step up to 7, at any scale: training stopped; kept. Try a lower --lr"):
-        diffcse.check_finite([nan], 7, scaler, "kept")
+    monkeypatch.setattr(diffcse, "train_step", nan_at_step_4)
+    advice = ": try a lower --lr, or --amp off. .*best is the model of step 2"
+    with pytest.raises(UserError, match=message + advice):
+        train_tiny(save_minutes=0, log_every=3)
+    tensors, state = runs.load_state(tmp_path / "out")
+    assert state["step"] == 3
+    assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
 
 
-def test_config_has_the_two_fields():
-    assert Config(save_minutes=0.5).check().resume == ""
-    with pytest.raises(UserError, match="--save-minutes is -1: it must be 0 or above"):
-        Config(save_minutes=-1).check()
+@pytest.mark.parametrize(
+    "changes",
+    [{"temperature": 1e-40}, {"lr": 1e30}, {"lr": 1e30, "log_every": 1000, "lam": 0.0}],
+    ids=str,
+)
+def test_divergence_by_a_real_cause_names_its_step(train_tiny, tmp_path, changes):
+    with pytest.raises(UserError, match="at step") as error:
+        train_tiny(**dict(log_every=4, steps=20) | changes)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out" / "results.json").exists()
+    read_log(tmp_path / "out")  # without NaN
+
+
+def test_an_fp16_overflow_is_a_skipped_step_and_endless_overflow_stops_the_run(tmp_path):
+    run = runs.Run(Config(), "run", torch.device("cpu"), torch.float16)
+    run.folder, run.step = tmp_path, 7
+    run.pending = [{"contrastive": (math.nan, 1), "grad_norm": (math.inf, 1)}]
+    run.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    run.scaler._lazy_init_scale_growth_tracker(torch.device("cpu"))
+    run.check_finite()
+    run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 0.5})
+    with pytest.raises(UserError, match="fp16 overflowed at all steps up to 7: try a lower --lr"):
+        run.check_finite()
+
+
+# ------------------------------------------------------------------------------------------------
+# Device and precision
+
+
+def test_pick_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    cpu = torch.device("cpu")
+    assert runs.pick_device("auto", "off") == (cpu, None)
+    assert runs.pick_device("cpu", "bf16") == (cpu, torch.bfloat16)
+    with pytest.raises(UserError, match=r"--device cuda is not available \(available: cpu\)"):
+        runs.pick_device("cuda", "auto")
+    with pytest.raises(UserError, match="--amp fp16 does not work on cpu; use off or bf16"):
+        runs.pick_device("cpu", "fp16")
+
+
+@pytest.mark.parametrize("avx512, amx", [(False, False), (True, False), (False, True)])
+def test_auto_is_bf16_where_the_cpu_multiplies_it(monkeypatch, avx512, amx):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    expected = torch.bfloat16 if avx512 or amx else None
+    assert runs.pick_device("cpu", "auto") == (torch.device("cpu"), expected)
