@@ -3,24 +3,24 @@
     python diffcse.py --config demo                 # two minutes on a laptop, no download
     python diffcse.py --config bert_sts             # the paper's model; needs a GPU
     python diffcse.py --resume runs/demo-1          # continue an interrupted run
-    python -m lab.explain --config demo "The cat sat on the mat ."       # one step, every number
 
 One training step, in the order of this file:
 
-    x          token ids; every sentence is in the batch twice, as two "views"            (R, T)
+    x          token ids; each sentence is in the batch twice, as two "views"             (R, T)
     h          projector(encoder(x) at [CLS]); dropout makes the two views differ         (R, D)
-    x_masked   x', x with some tokens replaced by [MASK]                                  (R, T)
-    x_edited   x'', the frozen generator's predictions for x'                             (R, T)
+    x_masked   x': x with masked tokens, by default BERT's mixture of 80-10-10            (R, T)
+    x_edited   x'': the frozen generator's prediction for x' at every position            (R, T)
     replaced   the discriminator's labels: where x'' differs from x                       (R, T)
     loss       contrastive(h) + lam * replaced-token detection on x'', conditioned on h
 
-Only the encoder is kept. A sentence embedding is the encoder's [CLS], before the projector.
+Only the encoder is kept. A sentence embedding is its [CLS], before the projector (appendix A).
 
-Paper: Chuang et al., NAACL 2022. Not here: gradient accumulation (in-batch negatives and BatchNorm
-do not accumulate). Several GPUs: torchrun --nproc-per-node N diffcse.py ...
+Paper: Chuang et al., NAACL 2022; official code: github.com/voidism/DiffCSE. Several GPUs work:
+torchrun --nproc-per-node N diffcse.py ... Not here: gradient accumulation, because in-batch
+negatives and BatchNorm would see a part of the batch only.
 
-Shapes: B sentences, V views each, R = B * V rows (row V*i + v is view v of sentence i),
-T tokens including padding, D hidden size.
+Shapes: B sentences, V views each (files with 2 columns: a pair; with 3: a hard negative too),
+R = B * V rows (row V*i + v is view v of sentence i), T tokens including padding, D hidden size.
 """
 
 from dataclasses import dataclass, replace
@@ -35,7 +35,7 @@ from torch import Tensor
 
 from bert import Bert, BertForMaskedLM, load_bert
 from data import Batch, Tokenizer, mask_tokens
-from embed import DiffCSE, check_pooling, encode  # noqa: F401  (DiffCSE: for users)
+from embed import DiffCSE, check_pooling, encode  # noqa: F401  (users import DiffCSE)
 from engine import cli, demo, distributed, fast, hub
 from engine.errors import UserError, run_main
 from engine.run import Metrics, Run, pick_device
@@ -48,10 +48,10 @@ from eval_sts import make_score
 
 @dataclass
 class Config:
-    """Settings of a run. Every field is a command-line flag, and its comment is the help text.
+    """Settings of a run. Each field is a command-line flag, and its comment is the flag's help.
 
-    Where the paper and its published code differ, the default follows the code and "paper:" names
-    the value that follows the paper.
+    Where the paper and its published code differ, the default follows the code, and "paper:" names
+    our reading of the paper.
     """
 
     # Models and data
@@ -64,7 +64,7 @@ class Config:
     resume: str = ""  # folder of an interrupted run
     seed: int = 42  # of batches, masks, dropout and newly initialised layers
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: if in hardware
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: if it is fast
     fast: bool = True  # use engine/fast.py where it helps; off: plain PyTorch
     compile: bool = False  # torch.compile the layers; needs a C++ compiler
 
@@ -81,10 +81,10 @@ class Config:
     contrastive: bool = True  # off: the difference loss alone (ablation)
     projector: Literal["batchnorm", "tanh"] = "batchnorm"  # tanh: as in SimCSE
     temperature: float = 0.05  # divides the cosines
-    hard_negative_weight: float = 0.0  # added to the logit of a sentence's own hard negative
+    hard_negative_weight: float = 0.0  # (SimCSE) added to the logit of a sentence's own one
 
     # Difference prediction
-    lam: float = 0.005  # weight of the difference loss; 0: SimCSE, no generator or discriminator
+    lam: float = 0.005  # weight of the difference loss; 0: SimCSE with this projector
     mask_ratio: float = 0.30  # probability of masking a token
     masking: Literal["80-10-10", "all"] = "80-10-10"  # BERT's mixture; paper: all
     edit: Literal["argmax", "sample"] = "argmax"  # which prediction is taken; paper: sample
@@ -94,7 +94,7 @@ class Config:
     protect_sep: bool = False  # never edit [SEP]; paper: on
     views: Literal["both", "first"] = "both"  # views that are edited; paper: first
     pads_in_loss: bool = True  # padding counts as "not replaced"; paper: off
-    reduction: Literal["mean", "sum"] = "mean"  # over tokens; paper: sum, with a far smaller lam
+    reduction: Literal["mean", "sum"] = "mean"  # over tokens; paper: sum (lower lam to match)
 
     # Evaluation, logging, checkpoints
     pooling: str = "cls_before_pooler"  # the embedding that is scored; training uses [CLS]
@@ -129,15 +129,15 @@ SMALL = dict(model="assets/small-bert", generator="assets/small-bert", lr=1e-4, 
 DEMO_DATA = dict(train_file="assets/wikipedia_20k.txt.xz", score="captions")
 
 PRESETS = {
-    # Paper Tables 12 and 13. 31,250 steps; STS-B dev 84.56, average of seven STS sets 78.49.
+    # Paper Tables 12 and 13. bert_sts: 31,250 steps, STS-B dev 84.56, seven STS sets 78.49.
     "bert_sts": Config(),
     "bert_transfer": Config(lr=2e-6, mask_ratio=0.15, lam=0.05),
     "roberta_sts": Config(**ROBERTA, lr=1e-5, mask_ratio=0.20),
     "roberta_transfer": Config(**ROBERTA, lr=3e-6, mask_ratio=0.15, lam=0.05, batch_size=128),
-    # The baseline without difference prediction. Seven STS sets: 76.25 and 76.57.
+    # The baseline of Gao et al. (2021), who report 76.25 and 76.57 on the seven STS sets.
     "simcse_bert": Config(**SIMCSE, lr=3e-5),
     "simcse_roberta": Config(**SIMCSE, **ROBERTA, lr=1e-5, batch_size=512),
-    # The 3.4M-parameter BERT of this repository, on your file or (demo) on shipped sentences.
+    # The 3.4M-parameter BERT of this repository; the demo's sentences and pairs are in assets/.
     "small": Config(**SMALL, steps=100, eval_every=20, log_every=20),
     "demo": Config(**SMALL, **DEMO_DATA, steps=60, eval_every=10, log_every=10),
 }
@@ -160,7 +160,7 @@ def make_projector(kind: str, D: int, std: float) -> nn.Module:
         )
     for layer in projector:
         if isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, std=std)  # new weights, not BERT's pooler
+            nn.init.normal_(layer.weight, std=std)  # the published code ignores BERT's pooler
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
     return projector
@@ -172,9 +172,10 @@ def contrastive_loss(
     """InfoNCE with in-batch negatives: find a sentence's second view among all second views.
 
     Shapes: h (B, V, D) -> (). With V = 3, all third views are additional (hard) negatives.
+    Metrics are (sum, count) pairs: the log divides the sums over steps by the counts.
     """
     B, V, _ = h.shape
-    with torch.autocast(h.device.type, enabled=False):  # cosine / 0.05 needs fp32
+    with torch.autocast(h.device.type, enabled=False):  # bf16 is too coarse for cosine / 0.05
         z = F.normalize(at_least_fp32(h), dim=-1, eps=1e-8)  # (B, V, D)
         cosines = z[:, 0] @ z[:, 1].T  # (B, B)
         logits = cosines / temperature
@@ -188,7 +189,7 @@ def contrastive_loss(
     return loss, {
         "contrastive": (loss.detach(), 1),
         "positive_cosine": (positive, B),
-        "negative_cosine": (cosines.sum() - positive, max(B * B - B, 1)),
+        "negative_cosine": (cosines.sum() - positive, max(B * B - B, 1)),  # B = 1: a last batch
     }
 
 
@@ -204,7 +205,7 @@ def at_least_fp32(x: Tensor) -> Tensor:
 def edit_sentences(
     generator: BertForMaskedLM, batch: Batch, tokenizer: Tokenizer, cfg: Config
 ) -> tuple[Tensor, Tensor]:
-    """x'' = G(x'), and the mask of its tokens that differ from x.
+    """x'' = G(x'), and which of its tokens differ from x.
 
     Shapes: -> x_edited (R, T) ids, replaced (R, T) bool. Position 0 and padding are never replaced;
     neither is a masked token that the generator restores.
@@ -213,10 +214,10 @@ def edit_sentences(
     editable[:, 0] = False  # [CLS]: the discriminator reads h there
     if cfg.protect_sep:
         editable &= batch.x != tokenizer.sep_id
-    temperature = cfg.edit_temperature if cfg.edit == "sample" else None
+    temperature = cfg.edit_temperature if cfg.edit == "sample" else None  # None: argmax
     predicted = generator.predict_tokens(batch.x_masked, batch.mask, editable, temperature)
-    x_edited = torch.where(editable, predicted, batch.x)
-    x_edited = x_edited * batch.mask  # padding becomes id 0, as in the published code
+    x_edited = torch.where(editable, predicted, batch.x)  # elsewhere x, not x'
+    x_edited = x_edited * batch.mask  # padding becomes id 0 (RoBERTa: <s>), as published
     return x_edited, (x_edited != batch.x) & batch.mask
 
 
@@ -229,6 +230,7 @@ def replaced_token_loss(
 ) -> tuple[Tensor, Metrics]:
     """Cross-entropy of "original" (class 0) against "replaced" (class 1) at every position.
 
+    Position 0 counts, as "original", and by default so does padding (official issue 25).
     Shapes: logits (R, T, 2); replaced, mask (R, T) bool -> ().
     """
     labels = replaced.long()  # class 1: replaced
@@ -236,11 +238,7 @@ def replaced_token_loss(
         labels = labels.masked_fill(~mask, -100)  # ignored by cross_entropy
     logits = at_least_fp32(logits)
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-    # Gradients are averaged over processes (train_step), whose numbers of tokens differ.
-    if reduction == "mean":
-        loss = loss / distributed.mean((labels != -100).sum())
-    else:
-        loss = loss * distributed.world_size()
+    loss = distributed.reduce_loss(loss, (labels != -100).sum() if reduction == "mean" else None)
     predicted = logits.argmax(-1).bool()
     original = mask & ~replaced
     return loss, {
@@ -259,7 +257,7 @@ class DiffCSEModel(nn.Module):
     """Everything a training step needs. Only `encoder` is kept afterwards.
 
     With lam = 0 there is no generator and no discriminator: SimCSE. lab/ablations.py subclasses
-    this and overrides `from_pretrained` and `difference_loss`.
+    this and overrides `from_pretrained`, `load_sentences` and `difference_loss`.
     """
 
     def __init__(
@@ -284,19 +282,10 @@ class DiffCSEModel(nn.Module):
     @classmethod
     def from_pretrained(cls, cfg: Config) -> "DiffCSEModel":
         """Encoder and discriminator start from the same weights and share none."""
-        folder = hub.find_model(cfg.model)
-        tokenizer = Tokenizer(folder)
-        encoder = load_bert(folder, dropout=cfg.dropout)
-        if cfg.max_length > encoder.max_length:
-            raise UserError(
-                f"--max-length is {cfg.max_length}, but {cfg.model} has position embeddings for "
-                f"{encoder.max_length} tokens"
-            )
-        tokenizer.check_fits(folder, encoder.cfg.vocab_size)
-        check_pooling(encoder, cfg.pooling)
+        tokenizer, encoder = load_encoder(cfg)
         if cfg.lam == 0:
             return cls(cfg, tokenizer, encoder)
-        discriminator = load_bert(folder, dropout=cfg.dropout)
+        discriminator = load_bert(hub.find_model(cfg.model), dropout=cfg.dropout)
         return cls(cfg, tokenizer, encoder, load_generator(cfg, tokenizer), discriminator)
 
     def train(self, mode: bool = True) -> "DiffCSEModel":
@@ -319,13 +308,12 @@ class DiffCSEModel(nn.Module):
         cls = self.encoder(batch.x, batch.mask, cls_only=True)[:, 0]  # (R, D)
         # With several processes, projector and contrastive loss see the rows of all of them.
         h = self.projector(distributed.all_gather(cls))  # (R * processes, D)
-        loss, metrics = contrastive_loss(
-            h.unflatten(0, (-1, batch.views)), cfg.temperature, cfg.hard_negative_weight
-        )
-        loss = loss * cfg.contrastive
+        views = h.unflatten(0, (-1, batch.views))  # (B * processes, V, D)
+        loss, metrics = contrastive_loss(views, cfg.temperature, cfg.hard_negative_weight)
         if cfg.lam > 0:
             difference, more = self.difference_loss(distributed.own_rows(h), batch)
-            loss, metrics = loss + cfg.lam * difference, metrics | more
+            loss = cfg.lam * difference + (loss if cfg.contrastive else 0.0)
+            metrics |= more
         return loss, metrics | {"loss": (loss.detach(), 1)}
 
     def difference_loss(self, h: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -335,13 +323,24 @@ class DiffCSEModel(nn.Module):
         """
         cfg = self.cfg
         if cfg.views == "first":
-            h, batch = h[:: batch.views], batch.first_views()
+            h, batch = h[:: batch.views], batch.first_views()  # a row per sentence
         x_edited, replaced = edit_sentences(self.generator, batch, self.tokenizer, cfg)
         states = self.discriminator(x_edited, batch.mask, cls_vector=h)  # h in place of [CLS]
-        # On a GPU all batches have one static shape: the loss is of the longest row's width.
-        tensors = self.head(states), replaced, batch.mask
-        logits, replaced, mask = (t[:, : batch.width] for t in tensors)
+        logits, mask = self.head(states), batch.mask  # (R, T, 2), (R, T)
+        # A GPU's batches are wider than their longest row (train); the loss ends where that does.
+        logits, replaced, mask = (t[:, : batch.width] for t in (logits, replaced, mask))
         return replaced_token_loss(logits, replaced, mask, cfg.pads_in_loss, cfg.reduction)
+
+
+def load_encoder(cfg: Config) -> tuple[Tokenizer, Bert]:
+    folder = hub.find_model(cfg.model)
+    tokenizer, encoder = Tokenizer(folder), load_bert(folder, dropout=cfg.dropout)
+    limit = encoder.max_length
+    if cfg.max_length > limit:
+        raise UserError(f"--max-length is {cfg.max_length}, but {cfg.model} has {limit} positions")
+    tokenizer.check_fits(folder, encoder.cfg.vocab_size)
+    check_pooling(encoder, cfg.pooling)
+    return tokenizer, encoder
 
 
 def load_generator(cfg: Config, tokenizer: Tokenizer) -> BertForMaskedLM:
@@ -393,19 +392,21 @@ def draw_batch(
 ) -> Batch:
     """Batch number `step`. It depends on (seed, step) only, so resuming needs no random state."""
     epoch, i = divmod(step, sentences.batches_per_epoch(cfg.batch_size))
-    rows = sentences.shuffled(cfg.seed, epoch)[i * cfg.batch_size : (i + 1) * cfg.batch_size]
-    x, mask = sentences.rows(rows)
+    order = sentences.shuffled(cfg.seed, epoch)
+    indices = order[i * cfg.batch_size : (i + 1) * cfg.batch_size]  # (B,)
+    x, mask = sentences.rows(indices)  # (R, T): each sentence V times, in adjacent rows
     rng = torch.Generator().manual_seed(derive_seed(cfg.seed, step, 0))
-    x_masked, selected = mask_tokens(x, tokenizer, cfg.mask_ratio, cfg.masking, rng)
+    x_masked, selected = mask_tokens(x, tokenizer, cfg.mask_ratio, cfg.masking, rng)  # each row's
     return Batch(x, mask, x_masked, selected, sentences.views)
 
 
 def derive_seed(*numbers: int) -> int:
+    """An independent random stream for each tuple; (seed, step, 0) is masks, 1 + rank dropout."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def make_optimizer(model: DiffCSEModel) -> torch.optim.AdamW:
-    """Of everything but the generator, at one rate (official trainers.py; paper appendix A)."""
+    """AdamW for all but the generator, at one rate, without decay (official run_diffcse.sh)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     fused = parameters[0].device.type in ("cpu", "cuda")
     lr, betas, eps = model.cfg.lr, (0.9, 0.999), 1e-8
@@ -413,7 +414,7 @@ def make_optimizer(model: DiffCSEModel) -> torch.optim.AdamW:
 
 
 def train(cfg: Config, name: str = "run", model_class: type[DiffCSEModel] = DiffCSEModel) -> dict:
-    """A whole run: load, train, keep the best model, evaluate it. Returns results.json."""
+    """A whole run. Returns the content of results.json; {} if not on the main process."""
     device, amp = pick_device(cfg.device, cfg.amp)
     with distributed.process_group(device), Run(cfg, name, device, amp) as run:
         torch.manual_seed(cfg.seed)  # projector and head; batches and dropout are seeded by step
@@ -427,7 +428,7 @@ def train(cfg: Config, name: str = "run", model_class: type[DiffCSEModel] = Diff
         scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
         step_fn = partial(train_step, model, optimizer, scaler, amp)
         step_fn = fast.accelerate(step_fn, model, cfg.fast, cfg.compile)
-        embed = partial(encode, encoder, tokenizer, pooling=cfg.pooling)
+        embed = partial(encode, encoder, tokenizer, pooling=cfg.pooling)  # in eval mode
         embed_first_last = partial(encode, encoder, tokenizer, pooling="avg_first_last")
         embed_amp = partial(embed, amp=amp)  # during training, in its precision
 
@@ -470,7 +471,7 @@ def main(config_class: type = Config, model_class: type[DiffCSEModel] = DiffCSEM
     name, cfg = cli.parse(config_class, PRESETS)
     results = train(cfg, name, model_class)
     if name == "demo":
-        simcse = replace(cfg, lam=0.0, out_dir=cfg.out_dir and f"{cfg.out_dir}-simcse")
+        simcse = replace(cfg, lam=0.0, out_dir=f"{cfg.out_dir}-simcse" if cfg.out_dir else "")
         demo.show(cfg, results, train(simcse, "demo-simcse", model_class))
 
 

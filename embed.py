@@ -44,7 +44,6 @@ PROBE = "A quick brown fox jumps over 13 lazy dogs; 狐 лиса 🦊."
 
 Sentences = str | Sequence[str]
 Lines = Sentences | Path  # a list, or the path of a file with a sentence per line
-Vectors = np.ndarray | Tensor
 
 
 def check_pooling(bert: Bert, pooling: str) -> None:
@@ -84,20 +83,18 @@ def encode(
     batch_size: int = 64,
     max_length: int | None = None,
     normalize: bool = False,
-    progress: bool | None = None,
     amp: torch.dtype | None = None,
 ) -> np.ndarray:
     """Vectors of sentences, in their order, without dropout. Shapes: n sentences -> (n, D) float32.
 
     The longest are encoded first: batches have little padding, and a lack of memory shows early.
-    max_length: in tokens (default: the number of positions). normalize: to unit length.
-    progress: show a bar (default: from 5,000 sentences, in a terminal). amp: autocast's dtype.
+    max_length: in tokens (default: the number of positions). normalize: to unit length. amp: the
+    dtype of mixed precision. From 5,000 sentences on, a terminal shows a progress bar.
     """
     sentences, training = check_sentences(sentences), bert.training
     max_length = bert.max_length if max_length is None else min(max_length, bert.max_length)
     vectors = np.empty((len(sentences), bert.cfg.hidden_size), np.float32)
-    progress = len(sentences) >= 5000 if progress is None else progress
-    bar = tqdm(total=len(vectors), desc="encoding", leave=False, disable=None if progress else True)
+    bar = tqdm(desc="encode", total=len(vectors), leave=False, disable=len(vectors) < 5000 or None)
     bert.eval()
     try:
         with bar, torch.autocast(bert.device.type, dtype=amp, enabled=amp is not None):
@@ -120,8 +117,7 @@ def encode(
 def check_sentences(sentences: Iterable[str]) -> list[str]:
     if isinstance(sentences, str) or not isinstance(sentences, Iterable):
         raise UserError(f"expected a list of sentences, found {sentences!r:.80}")
-    sentences = list(sentences)
-    for i, sentence in enumerate(sentences):
+    for i, sentence in enumerate(sentences := list(sentences)):
         if not isinstance(sentence, str):
             raise UserError(f"sentence {i} of {len(sentences)} is {sentence!r:.80}; expected a str")
     return sentences
@@ -137,7 +133,7 @@ class DiffCSE:
     """A trained encoder with similarity and exact search.
 
     name: see load_model. device: by default cuda if available. pooler: one of POOLINGS, by default
-    the folder's. dtype "bf16": 2.5 times as fast on a GPU, or a CPU with AMX or AVX512-BF16.
+    the folder's. dtype "bf16": 2.5 times as fast on a CPU with AVX512-BF16, also on AMX or a GPU.
     """
 
     def __init__(self, name: str | Path, device=None, pooler: str | None = None, dtype="fp32"):
@@ -146,8 +142,7 @@ class DiffCSE:
         self.bert, self.tokenizer, pooling, self.max_length = load_model(name)
         self.pooler = pooler or pooling
         check_pooling(self.bert, self.pooler)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.bert.to(device)
+        self.bert.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.index, self.amp = Index(self.bert.cfg.hidden_size), None
         self.probe = self.encode(PROBE)  # identifies this model in an index, whatever the dtype
         if dtype == "bf16":
@@ -164,19 +159,19 @@ class DiffCSE:
         keepdim: bool = False,
         batch_size: int = 64,
         max_length: int | None = None,
-    ) -> Vectors:
+    ) -> Tensor | np.ndarray:
         """A CPU tensor. Shapes: str -> (D,), or (1, D) with keepdim; list -> (n, D)."""
         single = isinstance(sentence, str)
         max_length = self.max_length if max_length is None else max_length
-        options = (self.pooler, batch_size, max_length, normalize_to_unit, None, self.amp)
+        options = (self.pooler, batch_size, max_length, normalize_to_unit, self.amp)
         vectors = encode(self.bert, self.tokenizer, [sentence] if single else sentence, *options)
         vectors = vectors[0] if single and not keepdim else vectors
         return vectors if return_numpy else torch.from_numpy(vectors)
 
-    def similarity(self, queries: Sentences, keys: Sentences | Vectors) -> float | np.ndarray:
+    def similarity(self, queries: Sentences, keys: Sentences | Tensor | np.ndarray):
         """Cosines. Shapes: lists -> (n, m); str, list -> (m,); list, str -> (n, 1); two str -> a
         float. keys may be vectors, (m, D) or (D,)."""
-        if isinstance(keys, Vectors):
+        if isinstance(keys, (Tensor, np.ndarray)):
             vectors = l2_normalize(np.atleast_2d(torch.as_tensor(keys).float().cpu().numpy()))
         else:
             vectors = self.encode(keys, return_numpy=True, keepdim=True)
@@ -209,10 +204,6 @@ class DiffCSE:
     def load_index(self, path: str | Path, use_faiss: bool = False) -> None:
         """Search what save_index wrote, from the file. Raises: UserError if another model did."""
         self.index = Index.load(path, self.probe, use_faiss)
-
-
-# ------------------------------------------------------------------------------------------------
-# Command line
 
 
 def export(args) -> None:

@@ -90,6 +90,12 @@ def mean(x: Tensor) -> Tensor:
     return x if world_size() == 1 else all_reduce_sum(x) / world_size()
 
 
+def reduce_loss(total: Tensor, count: Tensor | None) -> Tensor:
+    """A sum over this process's tokens as a loss whose gradient, averaged over processes, is that
+    of the mean over all tokens, or with count None of their sum. Shapes: (), () -> ()."""
+    return total * world_size() if count is None else total / mean(count)
+
+
 def all_gather(x: Tensor) -> Tensor:
     """All processes' rows in order, with gradient. Shapes: (R, D) -> (R * processes, D)."""
     if world_size() == 1:

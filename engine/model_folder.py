@@ -63,11 +63,10 @@ def load_model(name: str | Path) -> LoadedModel:
         own = [tokenizer.backend.normalizer] if tokenizer.backend.normalizer else []
         steps = [tokenizers.normalizers.Lowercase(), *own]
         tokenizer.backend.normalizer = tokenizers.normalizers.Sequence(steps)
-    default = MAX_LENGTH
-    if is_st:  # sentence-transformers' default
+    max_length = st_settings.get("max_seq_length") or MAX_LENGTH
+    if is_st and not st_settings.get("max_seq_length"):  # their default
         tokens = settings(main / "tokenizer_config.json")
-        default = tokens.get("model_max_length") or bert.max_length
-    max_length = st_settings.get("max_seq_length") or default
+        max_length = tokens.get("model_max_length") or bert.max_length
     if not isinstance(max_length, int) or max_length < 2:
         raise UserError(f"{main}: max_seq_length is {max_length!r}; it must be an integer above 1")
     return LoadedModel(bert, tokenizer, pooling, min(max_length, bert.max_length))
@@ -115,11 +114,7 @@ def load_tanh_layer(folder: Path, pooling: str, D: int) -> nn.Linear:
 
 
 def save_model(
-    model: LoadedModel,
-    folder: str | Path,
-    card: str = "",
-    dtype: str = "fp32",
-    run_config: str = "",
+    model: LoadedModel, folder: Path, card: str = "", dtype: str = "fp32", run_config: str = ""
 ) -> None:
     """Write the whole folder, in place of an existing one, or nothing.
 
@@ -129,9 +124,9 @@ def save_model(
     bert, tokenizer, pooling, max_length = model
     D, mode = bert.cfg.hidden_size, pooling.removesuffix("_before_pooler")
     files: dict[str, dict | list | str] = {"README.md": card}
-    files["sentence_bert_config.json"] = {"max_seq_length": max_length, "do_lower_case": False}
     if run_config:
         files[RUN_CONFIG] = run_config
+    files["sentence_bert_config.json"] = {"max_seq_length": min(max_length, bert.max_length)}
     if pooling in ST_POOLINGS:
         kinds = [kind for kind in ST_FOLDERS if kind != "Dense" or pooling == "cls"]
         files["modules.json"] = [

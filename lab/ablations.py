@@ -7,9 +7,9 @@
 With its defaults this is `python diffcse.py`. Each loss is a function (model, h, batch) -> loss,
 metrics, called where diffcse.py calls difference_loss:
 
-    masked_loss, corrected_loss                  what the discriminator predicts (Table 3)
-    difference_loss, positive_loss, negative_loss     how an edited sentence is used (Table 15)
-    replace, insert, delete                      how it is edited (Table 4)
+    masked_loss, corrected_loss                     what the discriminator predicts (Table 3)
+    difference_loss, positive_loss, negative_loss   how an edited sentence is used (Table 15)
+    replace, insert, delete                         how it is edited (Table 4)
 
 None of their code was published; where the paper is silent, the docstring names the choice. Scores
 are the paper's, bert-base, STS-B dev / average transfer dev. DiffCSE has 84.56 / 85.95, SimCSE
@@ -37,11 +37,11 @@ from diffcse import (
     DiffCSEModel,
     at_least_fp32,
     edit_sentences,
+    load_encoder,
     load_generator,
     main,
     replaced_token_loss,
 )
-from embed import check_pooling
 from engine import cli, distributed, hub
 from engine.errors import UserError, run_main
 from engine.run import Metrics
@@ -83,11 +83,12 @@ def log_ratio(loss: Tensor, name: str, flags: Tensor) -> Metrics:
 
 
 def masked_loss(model: "AblationModel", h: Tensor, batch: Batch) -> Loss:
-    """Conditional masked language model: D reads x' and h, and predicts the masked tokens.
+    """Conditional masked language model: the discriminator reads x' and h, and predicts the
+    masked tokens.
 
     Table 3: 83.08 / 84.43; of the next sentence, which is CMLM (Yang et al. 2020), 75.82 / 85.68;
-    of both 82.88 / 84.82. D's head is the pretrained model's masked-LM head, trained too; there is
-    no generator. The loss is the mean over masked positions.
+    of both 82.88 / 84.82. The discriminator's head is the pretrained model's masked-LM head, which
+    is trained, too. There is no generator. The loss is the mean over masked positions.
     """
     h, batch = edited_rows(model, h, batch)
     states = model.discriminator(batch.x_masked, batch.mask, cls_vector=h)[batch.selected]  # (n, D)
@@ -98,14 +99,13 @@ def masked_loss(model: "AblationModel", h: Tensor, batch: Batch) -> Loss:
 
 
 def corrected_loss(model: "AblationModel", h: Tensor, batch: Batch) -> Loss:
-    """Conditional corrective language model: D reads x'' and h, finds the replaced tokens, and
-    predicts the token of x at masked positions.
+    """Conditional corrective language model: the discriminator reads x'' and h, detects replaced
+    tokens, and predicts the tokens of x at masked positions.
 
-    Table 3: 79.79 / 85.30. As in COCO-LM (Meng et al. 2021, section 3), D copies a token of x''
-    with the probability that it is original, and otherwise draws one from the vocabulary:
+    Table 3: 79.79 / 85.30. As in COCO-LM (Meng et al. 2021, section 3), a token is copied from x''
+    with the probability that it is original, and otherwise drawn from the vocabulary:
         p(x_t) = p_original [x_t = x''_t] + (1 - p_original) p_token(x_t)
-    This term does not train p_original, which the replaced-token loss trains. The two losses, each
-    a mean, are added with equal weight.
+    Only the replaced-token loss trains p_original. The two losses are added with equal weight.
     """
     h, batch = edited_rows(model, h, batch)
     selected, target = batch.selected, batch.x[batch.selected]  # (R, T), (n,)
@@ -193,8 +193,8 @@ def random_subset(candidates: Tensor, count: Tensor) -> Tensor:
 
 
 def difference_loss(model: "AblationModel", h: Tensor, batch: Batch, edit: Callable) -> Loss:
-    """D reads x'' and h, and labels each token as changed or not. "Equivariance (Ours)" in Table
-    15. Each edit has a head of its own."""
+    """The discriminator reads x'' and h, and labels each token as changed or not. "Equivariance
+    (Ours)" in Table 15. Each edit has its own head."""
     if edit is replace:
         return DiffCSEModel.difference_loss(model, h, batch)
     cfg = model.cfg
@@ -274,10 +274,10 @@ class AblationConfig(Config):
     """Settings of an ablation."""
 
     text: Text = "sentences"  # paragraphs: running text, with empty lines between documents
-    objective: Objective = "replaced"  # what D predicts; corrected: replaced and masked tokens
-    condition_on: Whose = "same"  # the sentence whose edit D reads beside h (next: of the text)
+    objective: Objective = "replaced"  # what is predicted; corrected: replaced and masked tokens
+    condition_on: Whose = "same"  # the sentence whose edit is read beside h (next: in the text)
     edit_with: EditWith = "replace"  # how a sentence is edited, at mask_ratio of its tokens
-    edit_as: EditAs = "difference"  # difference: D reads the edit; else the contrastive loss
+    edit_as: EditAs = "difference"  # difference: for the discriminator; else contrastive
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -348,10 +348,7 @@ class AblationModel(DiffCSEModel):
         if not cfg.is_ablation:
             return super().from_pretrained(cfg)
         folder = hub.find_model(cfg.model)
-        tokenizer = Tokenizer(folder)
-        encoder = load_bert(folder, dropout=cfg.dropout)
-        tokenizer.check_fits(folder, encoder.cfg.vocab_size)
-        check_pooling(encoder, cfg.pooling)
+        tokenizer, encoder = load_encoder(cfg)
         generator = discriminator = mlm_head = None
         if cfg.objective != "masked" and cfg.edit_with != "delete":
             generator = load_generator(cfg, tokenizer)

@@ -244,7 +244,9 @@ PLOTS = ("distribution", "ratings")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser("lab.analysis", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(
+        "python -m lab.analysis", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (_, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)

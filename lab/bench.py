@@ -183,9 +183,8 @@ BACKENDS = {  # of sentence-transformers: the packages that they need, and their
 
 def encode_side(model: str, dtype: str, amp: str, sentences: str, out: str) -> Callable:
     tool = DiffCSE(model, "cpu", dtype=dtype)
-    settings = {"max_length": tool.max_length, "normalize": True, "amp": AMPS[amp]}
-    work = partial(encode, tool.bert, tool.tokenizer, pooling=tool.pooler, **settings)
-    return encode_work(work, sentences, out)
+    tool.amp = tool.amp or AMPS[amp]  # mixed precision, as `--amp bf16` of eval_sts.py
+    return encode_work(partial(tool.encode, return_numpy=True), sentences, out)
 
 
 def peer_encode_side(model: str, backend: str, amp: str, sentences: str, out: str) -> Callable:

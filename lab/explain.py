@@ -187,7 +187,7 @@ def describe_difference(step: Difference, tokenizer: Tokenizer, cfg: Config, new
         for logits in (step.logits, step.logits_without):
             cells.append(f"{100 * logits[0, t].softmax(-1)[1]:.1f} %")
         rows.append([*cells, f"{losses[t]:.3f}"])
-    head = ["", "x", "x' masked", "x'' edited", "label", "D with h", "without h", "loss"]
+    head = ["", "x", "x' masked", "x'' edited", "label", "with h", "without h", "loss"]
     mixture = " (one in ten is a random word, one in ten is unchanged)"
     counted = "positions (padding is original)" if cfg.pads_in_loss else "tokens"
     guessing = f", guessing log 2 = {math.log(2):.4f}" if cfg.reduction == "mean" else ""
@@ -195,12 +195,13 @@ def describe_difference(step: Difference, tokenizer: Tokenizer, cfg: Config, new
         "2. Difference prediction. In x', some tokens are masked, with a *"
         f"{mixture * (cfg.masking == '80-10-10')}. The generator predicts "
         f"{'all tokens' if cfg.edit_scope == 'all' else 'the masked tokens'} of x'; its "
-        f"{'best' if cfg.edit == 'argmax' else 'sampled'} tokens make x''. The discriminator D "
+        f"{'best' if cfg.edit == 'argmax' else 'sampled'} tokens make x''. The discriminator "
         "reads x'' with h in place of [CLS], and predicts for each token the probability that it "
-        "was replaced."
+        "was replaced (with h):"
     )
     after = [
-        "Without h, D reads the [CLS] of x'', as ELECTRA does. Training does not use that column.",
+        "Without h, the discriminator reads the [CLS] of x'', as in ELECTRA. Training does not use "
+        "that column.",
         f"The {cfg.reduction} of the loss over all {counted} of all edited sentences: "
         f"{step.loss:.4f} (without h {step.loss_without:.4f}{guessing}).",
     ]
@@ -208,7 +209,7 @@ def describe_difference(step: Difference, tokenizer: Tokenizer, cfg: Config, new
         edit = " ".join(word(i) for i in step.x_edited[1, 1 : len(rows)])
         after.append(f"The second view has its own mask and edit: h {edit}")
     if new:
-        after.append("D's last layer is new, so before training its predictions are chance.")
+        after.append("The discriminator's last layer is new: before training, it guesses.")
     return "\n\n".join([before, columns(head, rows, "><<<<>>>"), *map(wrapped, after)])
 
 

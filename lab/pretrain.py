@@ -510,7 +510,7 @@ class Pretraining:
             save_bert(self.model, folder, torch.float16)
             files = {f.name: f.read_bytes() for f in Path(folder).iterdir()}
         files["log.jsonl"] = "".join(json.dumps(row) + "\n" for row in self.log)
-        for name in TOKENIZER_FILES:  # of a run that --overwrite replaces
+        for name in set(TOKENIZER_FILES) - self.tokenizer_files.keys():  # of an overwritten run
             (self.out / name).unlink(missing_ok=True)
         for name, content in (files | self.tokenizer_files).items():
             write_atomically(self.out / name, content)
@@ -607,7 +607,9 @@ def score_models(args: argparse.Namespace) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser("lab.pretrain", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(
+        "python -m lab.pretrain", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     add = parser.add_argument
     add("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text, also .gz and .xz")
     add("--minutes", type=float, help="of training; reading and counting take some more")

@@ -14,6 +14,7 @@ Not here: test sets' sentences, which whoever selects by this page must not see;
 for a paper (lab/plots.py).
 """
 
+import argparse
 import json
 import math
 import os
@@ -31,9 +32,10 @@ from bert import ModelError, read_json
 from data import read_lines
 from diffcse import PRESETS, Config
 from embed import encode
-from engine.cli import MAY_CHANGE, Parser, parse_field
+from engine.cli import MAY_CHANGE, Parser, add_encoder_flags, parse_field
 from engine.errors import UserError, run_main, write_atomically
 from engine.model_folder import load_model
+from engine.run import pick_device
 from eval_sts import average_ranks, make_score, spearman
 from lab.ablations import AblationConfig
 from lab.analysis import neighbours, vectors_of
@@ -249,13 +251,12 @@ def find_material(data: str, runs: list[Run]) -> Material:
     for score, folder in [("dev", data)] if data else scores:
         try:
             ((name, pairs),) = make_score(score, folder).dev_set.items()
+            break
         except UserError:
             if data or score == "captions":
                 raise
-            continue
-        name = {"STSB-dev": "STS-B dev"}.get(name, name)
-        return make_material(f"{name}, {len(pairs[0]):,} rated pairs.", *pairs)
-    raise AssertionError("the captions are part of the repository")
+    name = {"STSB-dev": "STS-B dev"}.get(name, name)
+    return make_material(f"{name}, {len(pairs[0]):,} rated pairs.", *pairs)
 
 
 class Answers(NamedTuple):
@@ -267,20 +268,22 @@ class Answers(NamedTuple):
 
 
 def ask(
-    label: str, css: str, folder: str, pooling: str, material: Material, queries: Sequence[str]
+    label: str, css: str, folder: str, pooling: str, material: Material, args: argparse.Namespace
 ) -> Answers:
     """Cosines and neighbours of one model. Raises: UserError if it is missing or diverged."""
+    device, amp = pick_device(args.device, args.amp)
     model = load_model(folder)
-    encoder = partial(encode, model.bert, model.tokenizer, pooling=pooling)
+    bert = model.bert.to(device)
+    encoder = partial(encode, bert, model.tokenizer, pooling=pooling, amp=amp)
     try:
-        vectors = vectors_of(encoder, [*material.corpus, *queries])
+        vectors = vectors_of(encoder, [*material.corpus, *material.queries])
         u, v = (np.stack([vectors[s] for s in side]) for side in (material.left, material.right))
         cosines = np.minimum((u * v).sum(1), 1)  # of equal sentences: rounding may exceed 1
         rho = 100 * spearman(cosines, material.ratings)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     found = []
-    for query in queries:
+    for query in material.queries:
         corpus = [s for s in material.corpus if s != query]
         best = neighbours(vectors[query], np.stack([vectors[s] for s in corpus]), 5)
         found.append([(corpus[i], cosine) for i, cosine in best])
@@ -297,11 +300,11 @@ def most_wrong(difference: np.ndarray, k: int = 5) -> tuple[list[int], list[int]
 
     Shapes: (P,) percentile by cosine minus percentile by rating.
     """
-    signs, worst = (difference, -difference), []
-    for signed in signs:
+    worst = []
+    for signed in (difference, -difference):
         order = np.argsort(-signed, kind="stable")[:k]
         worst.append([int(i) for i in order if signed[i] > 0])
-    return worst[0], worst[1]
+    return tuple(worst)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -587,7 +590,7 @@ def scores_part(groups: list[Group], tables: list[dict[str, dict]]) -> str:
     return f"<h2>Scores</h2>\n{paragraph(text)}{table(['', *head], rows, 'numbers')}{runs}"
 
 
-def models_part(groups: list[Group], data: str, queries: Sequence[str]) -> str:
+def models_part(groups: list[Group], args: argparse.Namespace) -> str:
     """Similarity by rating, neighbours, and most telling pairs, of the saved models.
 
     A group's model is that of its lowest seed.
@@ -599,18 +602,19 @@ def models_part(groups: list[Group], data: str, queries: Sequence[str]) -> str:
     if not saved:
         text = "No run has a saved model (best/), so similarities and neighbours are left out."
         return f"<h2>Models</h2>\n{paragraph(text)}"
-    material = find_material(data, [run for g in groups for run in g.runs])
-    queries, answers = list(dict.fromkeys(queries or material.queries)), []
+    material, answers = find_material(args.data, [run for g in groups for run in g.runs]), []
+    if args.query:
+        material = material._replace(queries=list(dict.fromkeys(args.query)))
     missing = [f"{g.label}: no run has a saved model" for g in groups if g.label not in saved]
     for title, (model, pooling) in starts_of(groups).items():
         try:
-            answers.append(ask(title, "g0", model, pooling, material, queries))
+            answers.append(ask(title, "g0", model, pooling, material, args))
         except (UserError, ModelError) as error:  # it may be on another machine
             missing.append(f"{title}: {error}")
     for g in groups:
         if g.label in saved:
-            arguments = saved[g.label], g.runs[0].cfg.pooling, material, queries
-            answers.append(ask(g.label, g.css, *arguments))
+            pooling = g.runs[0].cfg.pooling
+            answers.append(ask(g.label, g.css, saved[g.label], pooling, material, args))
     text = (
         f"{material.title} A row is the distribution of the cosine of pairs with similar ratings; "
         "the tick is its median. In a good model the rows move to the right as the rating rises, "
@@ -619,7 +623,7 @@ def models_part(groups: list[Group], data: str, queries: Sequence[str]) -> str:
     )
     notes = "".join(paragraph(f"Left out: {reason}", "note") for reason in missing)
     head = f"<h2>Similarity by rating</h2>\n{paragraph(text)}{notes}"
-    parts = ridges_grid(answers, material), neighbours_part(answers, queries)
+    parts = ridges_grid(answers, material), neighbours_part(answers, material.queries)
     return head + "".join(parts) + pairs_part(answers, material)
 
 
@@ -722,14 +726,15 @@ def summary(groups: list[Group], tables: list[dict[str, dict]]) -> str:
     return text_table(head, rows, "<>>>>>")
 
 
-def parse_args():
-    parser = Parser("lab.report", description=__doc__.splitlines()[0], allow_abbrev=False)
+def parse_args() -> argparse.Namespace:
+    parser = Parser("python -m lab.report", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("runs", metavar="RUN", nargs="+", help="a run's folder")
     add("--out", metavar="FILE", default="report.html", help="(default: report.html)")
     add("--data", metavar="DIR", default="", help="folder with STS/: use STS-B dev's pairs")
     add("--query", metavar="TEXT", nargs="+", action="extend", help="show these neighbours")
     add("--json", metavar="FILE", help="also write the groups' numbers")
+    add_encoder_flags(parser)
     args = parser.parse_args()
     for path in map(Path, filter(None, (args.out, args.json))):
         if path.is_dir():
@@ -757,7 +762,7 @@ def main() -> None:
     tables = [table_of(g.runs) for g in groups]
     print(summary(groups, tables), flush=True)
     parts = [heading(groups), settings_part(groups), curves_part(groups, curves)]
-    parts += [scores_part(groups, tables), models_part(groups, args.data, args.query or ())]
+    parts += [scores_part(groups, tables), models_part(groups, args)]
     text = page(f"DiffCSE: {', '.join(g.name for g in groups)}", parts)
     write_atomically(args.out, text)
     if args.json:

@@ -167,7 +167,7 @@ class OneDNNLinear(torch.autograd.Function):
     """F.linear in fp32 by oneDNN. On some CPUs it is faster than MKL, which PyTorch uses."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 

@@ -271,7 +271,8 @@ def test_positive_and_negative_edits_by_hand(words, views):
 
 
 def test_next_and_both_sentences_by_hand():
-    """D reads the edit of the next sentence and this one's h; the encoder never reads the next."""
+    """The discriminator reads the next sentence's edit and this one's h; the encoder does not
+    read the next sentence."""
     rows, masked = [[2, 6, 7, 3], [2, 7, 8, 10, 3]] * 2, [[2, 6, 4, 3], [2, 4, 8, 10, 3]] * 2
     own, following = [2, 6, 9, 3], [2, 9, 8, 10, 3]
     results = detection(own, [0, 0, 1, 0]), detection(following, [0, 1, 0, 0, 0])

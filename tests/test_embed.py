@@ -1,5 +1,6 @@
 """embed.py: every pooling against transformers, encode(), the tool, and its command line."""
 
+import copy
 import io
 import json
 import os
@@ -16,13 +17,16 @@ from transformers import AutoTokenizer, BertModel
 import bert
 import diffcse
 import embed
+import engine.index
 from bert import ModelError
 from data import Tokenizer
-from engine import index
 from engine.errors import UserError, run_main
+from engine.index import Index
+from engine.model_folder import load_model, save_model
 
 ROOT = Path(__file__).parent.parent
 SMALL = ROOT / "assets" / "small-bert"
+TOKENIZER = Tokenizer(SMALL)
 RNG = random.Random(3)
 WORDS = "the a cat dog plays guitar slowly in near 3.14 café 漢字 qzxjkv 🙂 , !".split()
 NASTY = ["", "   ", "Café ÀÉ 漢字 🙂 \x00\x07 \u2028", "[MASK] [SEP] end", "word " * 10_000]
@@ -39,11 +43,6 @@ def small() -> bert.Bert:
     D = model.cfg.hidden_size
     model.pooler = torch.nn.Linear(D, D).requires_grad_(False)
     return model
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer(SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -86,57 +85,60 @@ BY_HAND = {  # from hidden states X (each (T, D)) and the pooler's output
 
 @pytest.mark.parametrize("pooling", embed.POOLINGS)
 def test_every_pooling_equals_transformers_in_the_order_given(
-    small, tokenizer, reference, pooling, monkeypatch
+    small, reference, pooling, monkeypatch
 ):
     """Batches and chunks of any size, unsorted lengths, an empty sentence, one of 10,000 words."""
     expected = np.stack([BY_HAND[pooling](*outputs) for outputs in reference])
     for batch_size, chunk_size in ((1, 1 << 14), (7, 5), (3, 1), (100, 1 << 14)):
         monkeypatch.setattr(embed, "ENCODE_CHUNK_SIZE", chunk_size)
-        ours = embed.encode(small, tokenizer, NASTY, pooling, batch_size)
+        ours = embed.encode(small, TOKENIZER, NASTY, pooling, batch_size)
         assert ours.dtype == np.float32 and ours.shape == expected.shape
         close(ours, expected)
 
 
-def test_normalising_truncating_and_nothing_to_encode(small, tokenizer):
-    plain, unit = (embed.encode(small, tokenizer, NASTY, normalize=on) for on in (False, True))
+def test_normalising_truncating_and_nothing_to_encode(small):
+    plain, unit = (embed.encode(small, TOKENIZER, NASTY, normalize=on) for on in (False, True))
     close(unit, plain / np.linalg.norm(plain, axis=1, keepdims=True), 1e-6)
     zeros = embed.l2_normalize(np.array([[0.0, 0.0], [3.0, 4.0]]))
     assert zeros.tolist() == [[0, 0], [0.6, 0.8]]
-    assert embed.encode(small, tokenizer, []).shape == (0, small.cfg.hidden_size)
-    whole = embed.encode(small, tokenizer, ["the cat plays the guitar"])
-    cut = embed.encode(small, tokenizer, ["the cat plays the guitar"], max_length=4)
-    close(cut, embed.encode(small, tokenizer, ["the cat"]), 1e-6)  # [CLS] the cat [SEP]
+    assert embed.encode(small, TOKENIZER, []).shape == (0, small.cfg.hidden_size)
+    whole = embed.encode(small, TOKENIZER, ["the cat plays the guitar"])
+    cut = embed.encode(small, TOKENIZER, ["the cat plays the guitar"], max_length=4)
+    close(cut, embed.encode(small, TOKENIZER, ["the cat"]), 1e-6)  # [CLS] the cat [SEP]
     assert not np.allclose(cut, whole, atol=1e-3)
-    too_long = embed.encode(small, tokenizer, ["cat " * 500], max_length=10_000)
-    close(too_long, embed.encode(small, tokenizer, ["cat " * 126]))  # 128 positions
+    too_long = embed.encode(small, TOKENIZER, ["cat " * 500], max_length=10_000)
+    close(too_long, embed.encode(small, TOKENIZER, ["cat " * 126]))  # 128 positions
 
 
-def test_dropout_is_off_inside_and_the_mode_is_restored_even_after_an_error(small, tokenizer):
-    expected = embed.encode(small, tokenizer, NASTY[:5])
+def test_dropout_is_off_inside_and_the_mode_is_restored(small):
+    expected = embed.encode(small, TOKENIZER, NASTY[:5])
     small.train()
     try:
-        assert (embed.encode(small, tokenizer, NASTY[:5]) == expected).all()
+        assert (embed.encode(small, TOKENIZER, NASTY[:5]) == expected).all()
         with pytest.raises(UserError, match="pooling 'nonsense' is unknown; known are cls, "):
-            embed.encode(small, tokenizer, ["a"], "nonsense")
+            embed.encode(small, TOKENIZER, ["a"], "nonsense")
         assert all(module.training for module in small.modules())
     finally:
         small.eval()
-    embed.encode(small, tokenizer, ["a"])
+    embed.encode(small, TOKENIZER, ["a"])
     assert not any(module.training for module in small.modules())
 
 
-@pytest.mark.parametrize("pooling", ["cls_before_pooler", "mean", "max"])
-def test_bf16_is_close_to_fp32(tool, pooling):
-    """Converted weights and mixed precision: unit vectors within 5e-3."""
-    half = embed.DiffCSE(SMALL, "cpu", pooling, dtype="bf16")
-    assert half.bert.layers[0].up.weight.dtype == torch.bfloat16
-    expected = embed.encode(tool.bert, tool.tokenizer, NASTY, pooling, normalize=True)
-    mixed = embed.encode(
-        tool.bert, tool.tokenizer, NASTY, pooling, normalize=True, amp=torch.bfloat16
-    )
-    for vectors in (half.encode(NASTY, return_numpy=True, max_length=128), mixed):
+@pytest.mark.parametrize("pooling", embed.POOLINGS)
+def test_bf16_is_close_to_fp32(small, pooling):
+    """Mixed precision, with and without converted weights, and a model that is bf16 throughout."""
+    expected = embed.encode(small, TOKENIZER, NASTY, pooling, normalize=True)
+    mixed = embed.encode(small, TOKENIZER, NASTY, pooling, normalize=True, amp=torch.bfloat16)
+    whole = copy.deepcopy(small).to(torch.bfloat16)
+    whole = embed.encode(whole, TOKENIZER, NASTY, pooling, normalize=True)
+    pairs = [(mixed, 5e-3), (whole, 2e-2)]
+    if pooling != "cls":
+        tool = embed.DiffCSE(SMALL, "cpu", pooling, dtype="bf16")
+        assert tool.bert.layers[0].up.weight.dtype == torch.bfloat16
+        pairs.append((tool.encode(NASTY, return_numpy=True), 5e-3))
+    for vectors, tolerance in pairs:
         assert vectors.dtype == np.float32 and 0 < abs(vectors - expected).max()
-        close(vectors, expected, 5e-3)
+        close(vectors, expected, tolerance)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -175,30 +177,6 @@ def test_similarity_shapes_and_values(tool):
         tool.similarity("a", np.zeros((2, 5)))
 
 
-@pytest.mark.parametrize("many", [False, True])  # the official tool ignores both for lists
-def test_search_is_sorted_thresholded_inclusively_and_cut_at_top_k(tool, many):
-    tool.build_index(NASTY)
-
-    def search(**options) -> list[tuple[str, float]]:
-        if many:
-            return tool.search(["a cat plays", "guitar"], **options)[0]
-        return tool.search("a cat plays", **options)
-
-    everything = search(threshold=-1, top_k=1000)
-    scores = [score for _, score in everything]
-    assert scores == sorted(scores, reverse=True) and type(scores[0]) is float
-    close(scores, sorted(tool.similarity("a cat plays", NASTY), reverse=True))
-    assert sorted(s for s, _ in everything) == sorted(s.rstrip() for s in NASTY)
-    assert search(threshold=-1, top_k=3) == everything[:3] and search(threshold=-1, top_k=0) == []
-    at, above = scores[4], np.nextafter(np.float32(scores[4]), np.float32(2))
-    for threshold in (at, above):
-        assert search(threshold=threshold, top_k=1000) == [
-            hit for hit in everything if hit[1] >= threshold
-        ]
-    assert search(threshold=1.5) == []
-    assert search() == [hit for hit in everything[:5] if hit[1] >= 0.6]  # the official defaults
-
-
 def test_search_shapes_and_errors(tmp_path):
     fresh = embed.DiffCSE(SMALL, device="cpu")
     for use in (lambda: fresh.search("a"), lambda: fresh.save_index(tmp_path / "i")):
@@ -209,8 +187,16 @@ def test_search_shapes_and_errors(tmp_path):
     assert fresh.index.sentences == ["a cat", "une fenêtre", "", "the guitar"]
     best = [("the guitar", pytest.approx(1, abs=1e-5))]
     assert fresh.search("the guitar", threshold=0.999) == best
-    assert [len(hits) for hits in fresh.search(["a", "b", "c"], -1, 2)] == [2, 2, 2]
+    fresh.build_index(NASTY)
+    queries = ["a cat plays", "guitar", "漢字"]
+    for query, hits in zip(queries, fresh.search(queries, threshold=-1, top_k=1000), strict=True):
+        cosines = sorted(fresh.similarity(query, NASTY), reverse=True)
+        close([cosine for _, cosine in hits], cosines)
+        assert sorted(s for s, _ in hits) == sorted(s.rstrip() for s in NASTY)
+        default = [(s, pytest.approx(c, abs=1e-6)) for s, c in hits[:5] if c >= 0.6]
+        assert fresh.search(query) == default
     assert fresh.search([]) == []
+    fresh.build_index(tmp_path / "index.txt")
     uses = [fresh.build_index, fresh.add_to_index, fresh.encode, fresh.search]
     uses += [lambda x: fresh.similarity("a", x), lambda x: fresh.similarity(x, "a")]
     for bad, says in [
@@ -238,96 +224,75 @@ def test_search_shapes_and_errors(tmp_path):
     assert fresh.search("a") == [] and fresh.search(["a", "b"], threshold=-1) == [[], []]
 
 
-def assert_hits(ours, cosines, sentences, threshold, top_k, rounding) -> None:
-    """What search found against its definition. cosines[i][j]: of query i and sentence j.
-
-    Cosines that differ only by rounding may be in either order.
-    """
-    for hits, row in zip(ours, cosines, strict=True):
-        order = [j for j in np.argsort(-row, kind="stable") if row[j] >= threshold][:top_k]
-        close([cosine for _, cosine in hits], row[order], rounding)
-        cosine_of = dict(zip(sentences, row))
-        for (sentence, cosine), j in zip(hits, order):
-            assert cosine == pytest.approx(cosine_of[sentence], abs=rounding)
-            assert sentence == sentences[j] or abs(row[j] - cosine_of[sentence]) < 2 * rounding
-
-
-LINES = [" ".join(RNG.choices(WORDS, k=RNG.randrange(1, 12))) for _ in range(300)]
-LINES += ["the same one"] * 7  # ties
-
-
 @pytest.mark.parametrize("use_faiss, chunk", [(False, 7), (False, 1 << 16), (True, 1 << 16)])
-def test_search_equals_brute_force(tool, tmp_path, monkeypatch, use_faiss, chunk):
-    """An index that is built, added to, saved, loaded from the file, and added to again."""
+def test_search_equals_brute_force(tmp_path, monkeypatch, use_faiss, chunk):
+    """Added in parts, saved, loaded, added to. Small integers: exact scores, with many ties."""
     if use_faiss:
         pytest.importorskip("faiss", reason="faiss is optional: pip install faiss-cpu")
-    monkeypatch.setattr(index, "INDEX_CHUNK_SIZE", chunk)
-    queries = LINES[:10] + [" ".join(RNG.choices(WORDS, k=5)) for _ in range(9)] + ["the same one"]
-    tool.build_index(LINES[:100], use_faiss=use_faiss)
-    tool.add_to_index(LINES[100:101])
-    (tmp_path / "rest.txt").write_text("\n".join(LINES[101:250]), encoding="utf-8")
-    tool.add_to_index(str(tmp_path / "rest.txt"))
+    monkeypatch.setattr(engine.index, "INDEX_CHUNK_SIZE", chunk)
+    rng, probe = torch.Generator().manual_seed(0), torch.eye(16)[0]
+    sentences = [str(i) for i in range(260)]
+    vectors = torch.randint(-2, 3, (260, 16), generator=rng).float()
+    queries = torch.randint(-2, 3, (20, 16), generator=rng).float()
+    index, parts = Index(16, use_faiss), (slice(0, 100), slice(100, 101), slice(101, 250))
+    for part in parts:
+        index.add(sentences[part], vectors[part])
     for dtype in (None, "fp32", "fp16"):
-        vectors = tool.encode(LINES[:250], return_numpy=True)
-        rounding = 1e-5  # other sentences in a batch move a vector by 1e-7,
         if dtype:
-            tool.save_index(tmp_path / dtype, dtype)
-            tool.build_index(["another"])
-            tool.load_index(tmp_path / dtype, use_faiss)
-            tool.save_index(tmp_path / dtype, dtype)  # over the mapped file
+            index.save(tmp_path / "index", probe, dtype)
+            index = Index.load(tmp_path / "index", probe, use_faiss)
+            index.save(tmp_path / "index", probe, dtype)  # over the mapped file
         if dtype == "fp16":
-            vectors, rounding = vectors.astype(np.float16), 1e-4  # ... to fp16's next number
-        assert tool.index.sentences == LINES[:250]
-        cosines = tool.encode(queries).double().numpy() @ vectors.T.astype(np.float64)
-        for threshold, top_k in ((0.6, 5), (-1, 1), (0.9, 1000), (-1, 1000)):
-            found = tool.search(queries, threshold, top_k)
-            assert_hits(found, cosines, LINES[:250], threshold, top_k, rounding)
-            found = [tool.search(queries[3], threshold, top_k)]
-            assert_hits(found, cosines[3:4], LINES[:250], threshold, top_k, rounding)
-    tool.add_to_index(LINES[250:])
-    best = tool.search("the same one", threshold=0.99999)
-    assert [s for s, _ in best] == ["the same one"] * 5
-    assert len(tool.search("the same one", 0.99999, 100)) == 7
+            index.add(sentences[250:], vectors[250:])
+        scores = (queries @ vectors[: len(index.sentences)].T).numpy()
+        for threshold, top_k in ((6, 5), (-99, 1), (-99, 0), (6, 999), (99, 5), (-99, 999)):
+            found = index.search(queries, threshold, top_k)
+            for hits, row in zip(found, scores, strict=True):
+                order = [j for j in np.argsort(-row, kind="stable") if row[j] >= threshold]
+                expected = [(str(j), row[j]) for j in order[:top_k]]
+                if use_faiss:  # its ties are in any order
+                    assert all(row[int(sentence)] == score for sentence, score in hits)
+                    hits, expected = ([score for _, score in pairs] for pairs in (hits, expected))
+                assert hits == expected
+    assert all(type(score) is float for _, score in found[0])
 
 
-def test_of_equal_cosines_the_first_added_comes_first(tool):
-    """Also at the cut: 3 of 40 that are all equal, in parts."""
-    tool.build_index(["x"] * 10)
-    for _ in range(3):
-        tool.add_to_index(["x"] * 10)
-    tool.index.sentences = [str(i) for i in range(40)]  # to tell them apart
-    assert [s for s, _ in tool.search("x", top_k=3)] == ["0", "1", "2"]
-    assert len(tool.search("x", top_k=100)) == 40
-
-
-def perturbed(scale: float, dtype: str = "fp32") -> embed.DiffCSE:
-    """The small model, a few steps of training away."""
-    model = embed.DiffCSE(SMALL, "cpu", dtype=dtype)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_an_index_of_another_model_or_pooler_is_refused(tool, tmp_path, dtype):
+    """bf16 and fp32 of one model accept each other's index."""
+    path, mine = tmp_path / "index", embed.DiffCSE(SMALL, "cpu", dtype=dtype)
+    mine.build_index(NASTY)
+    mine.save_index(path)
+    [(sentence, cosine)] = mine.search("a cat plays", threshold=-1, top_k=1)
+    near = load_model(SMALL)
+    save_model(near, tmp_path / "fp16", dtype="fp16")
     torch.manual_seed(0)
-    for p in model.bert.parameters():
-        p.data += scale * p.data.std() * torch.randn_like(p) if p.numel() > 1 else 0
-    return model
+    for p in near.bert.parameters():  # as a few steps of training
+        p.data += 1e-2 * p.data.std() * torch.randn_like(p) if p.numel() > 1 else 0
+    save_model(near, tmp_path / "near")
+    for name in (SMALL, tmp_path / "fp16"):
+        for dtype in ("fp32", "bf16"):
+            other = embed.DiffCSE(name, "cpu", dtype=dtype)
+            other.load_index(path)
+            hit = (sentence, pytest.approx(cosine, abs=5e-3))
+            assert other.search("a cat plays", threshold=-1, top_k=1) == [hit]
+    for name, pooler in ((SMALL, "mean"), (tmp_path / "near", None)):
+        for dtype in ("fp32", "bf16"):
+            with pytest.raises(UserError, match="made by another model or pooler"):
+                embed.DiffCSE(name, "cpu", pooler, dtype).load_index(path)
+    with pytest.raises(UserError, match="its vectors have 192 numbers, the model's 64"):
+        Index.load(path, torch.ones(64))
 
 
-def test_an_index_of_another_model_or_pooler_and_other_files_are_refused(tool, tmp_path):
+def test_files_that_are_not_an_index_are_refused(tool, tmp_path):
     sentences = ["a cat", "a line\nof two", "\x00 漢字 🙂"]  # any str can be kept
     tool.build_index(sentences)
-    path = tmp_path / "index.safetensors"
-    tool.save_index(path)
-    tool.load_index(path)
+    tool.save_index(tmp_path / "index")
+    tool.load_index(tmp_path / "index")
     assert tool.index.sentences == sentences
-    narrow = embed.DiffCSE(SMALL, "cpu")
-    narrow.encode = lambda sentence: torch.ones(64) / 8
-    refused = [
-        (embed.DiffCSE(SMALL, "cpu", pooler="mean"), path, "made by another model or pooler"),
-        (embed.DiffCSE(SMALL, "cpu", "mean", "bf16"), path, "made by another model or pooler"),
-        (perturbed(1e-2), path, "made by another model or pooler"),
-        (narrow, path, "its vectors have 192 numbers, the model's 64"),
-        (tool, tmp_path / "text", "damaged"),
-        (tool, tmp_path / "none", "no such index"),
-    ]
+    refused = {"text": "text cannot be read", "none": "no such index"}
     (tmp_path / "text").write_text("a cat\n" * 10)
-    whole = bert.read_safetensors(path)
+    whole = bert.read_safetensors(tmp_path / "index")
     for name, tensors in {
         "weights": {"a": torch.zeros(3)},
         "short": whole | {"vectors": whole["vectors"][:2]},
@@ -337,31 +302,14 @@ def test_an_index_of_another_model_or_pooler_and_other_files_are_refused(tool, t
         "probe": whole | {"probe": whole["probe"][:7]},
     }.items():
         bert.write_safetensors(tmp_path / name, tensors)
-        refused.append((tool, tmp_path / name, f"{name} is not an index"))
-    for model, file, says in refused:
-        before = model.index
+        refused[name] = f"{name} is not an index"
+    before = tool.index
+    for name, says in refused.items():
         with pytest.raises((UserError, ModelError), match=says):
-            model.load_index(file)
-        assert model.index is before
-    half = embed.DiffCSE(SMALL, "cpu")
-    for p in half.bert.parameters():
-        p.data = p.data.half().float()
-    half.load_index(path)  # the same model, saved in fp16, is the same model
+            tool.load_index(tmp_path / name)
+    assert tool.index is before
     with pytest.raises(UserError, match="dtype is 'int8'; it must be fp32 or fp16"):
         tool.save_index(tmp_path / "x", "int8")
-
-
-def test_a_bf16_model_searches_the_index_of_its_fp32_model_and_back(tool, tmp_path):
-    half = embed.DiffCSE(SMALL, "cpu", dtype="bf16")
-    for ours, other in ((tool, half), (half, tool)):
-        ours.build_index(NASTY)
-        ours.save_index(tmp_path / "index")
-        expected = ours.search("a cat plays", threshold=-1, top_k=1)
-        other.load_index(tmp_path / "index")
-        [(sentence, cosine)] = other.search("a cat plays", threshold=-1, top_k=1)
-        assert sentence == expected[0][0] and cosine == pytest.approx(expected[0][1], abs=5e-3)
-        with pytest.raises(UserError, match="made by another model or pooler"):
-            perturbed(1e-1, "bf16").load_index(tmp_path / "index")
 
 
 def test_missing_faiss_and_unknown_settings(tool, monkeypatch):

@@ -107,7 +107,7 @@ def test_the_table_is_consistent(name):
     for row in rows:
         assert (row["label"] == "replaced") == (row["x"] != row["x'' edited"]), row
         assert row["x' masked"] == row["x"] or row["x' masked"].endswith(" *"), row
-        p = float(row["D with h"].rstrip(" %")) / 100
+        p = float(row["with h"].rstrip(" %")) / 100
         loss = -math.log(p if row["label"] == "replaced" else 1 - p)
         assert abs(loss - float(row["loss"])) < 0.01, row
     assert max(map(len, text.splitlines())) <= 100

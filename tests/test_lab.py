@@ -1,29 +1,23 @@
-"""lab/reproduce.py and lab/plots.py: the search, the table, what is skipped; plots that open."""
+"""lab/reproduce.py: the search, the tables, what is skipped."""
 
-import argparse
-import itertools
 import json
 import math
-import os
 import random
 import re
 import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from bert import BertConfig, UserError
+from bert import UserError
 from config import PRESETS, Config, parse_args
 from data import run_main
 from eval_sts import TEST_SETS
-from lab import plots, reproduce, steps
+from lab import reproduce
 
 ROOT = Path(__file__).parent.parent
 
@@ -247,206 +241,3 @@ def test_mistakes(argv, message, tmp_path, monkeypatch, capsys):
         run_main(reproduce.main)
     says = capsys.readouterr().err
     assert end.value.code == 2 and message in says and len(says.splitlines()) == 1 and not (tmp_path / "tables").exists()
-
-
-def test_the_plot_of_pretraining(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib", reason="plots need matplotlib")
-    monkeypatch.setattr(plots, "RESULTS", tmp_path)
-    (tmp_path / "pretrain").mkdir()
-    rows = [{"tokens": 10**6 * n, "loss": 9 - n / 10, "accuracy": n / 100} for n in range(5)]
-    (tmp_path / "pretrain" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    models = [{"model": name, "loss": 7.0, "accuracy": 0.2} for name in ("assets/small-bert", "another")]
-    (tmp_path / "pretrain" / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in models))
-    plots.pretraining(str(tmp_path / "held_out"))
-    assert (tmp_path / "held_out.png").read_bytes().startswith(b"\x89PNG") and "<svg" in (tmp_path / "held_out.svg").read_text()
-
-
-def test_the_plot_of_scores_against_steps(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib", reason="plots need matplotlib")
-
-    def log(folder, scores):
-        folder.mkdir(parents=True)
-        lines = [line for i, score in enumerate(scores) for line in ({"step": 20 * i, "score": score}, {"step": 20 * i + 10, "loss": 1.0})]
-        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-    for seed in range(2):
-        log(tmp_path / "a" / f"seed{seed}", [60 + seed, 62 + seed, 64 + 3 * seed])
-        log(tmp_path / "uneven" / f"seed{seed}", [60] * (seed + 1))
-    log(tmp_path / "one", [50, 55])
-    drawn = []
-    monkeypatch.setattr(plots, "save", lambda fig, out: drawn.append(fig))
-    plots.steps("curves", [str(tmp_path / "a"), str(tmp_path / "one")], ["A", "one run"])
-    axis = drawn[0].axes[0]
-    assert [line.get_label() for line in axis.lines] == ["A", "one run"]
-    assert [line.get_xydata().tolist() for line in axis.lines] == [[[0, 60.5], [20, 62.5], [40, 65.5]], [[0, 50], [20, 55]]]
-    assert axis.collections[0].get_paths()[0].get_extents().y1 == 67  # mean and standard deviation at the last step: 65.5 and 1.5
-    for folders, labels, says in (["uneven"], None, "different steps"), (["nothing"], None, "no log.jsonl"), (["a"], ["A", "B"], "2 for 1"):
-        with pytest.raises(UserError, match=says):
-            plots.steps("curves", [str(tmp_path / folder) for folder in folders], labels)
-
-
-def test_bench_measures_a_large_index_and_says_what_is_missing(tmp_path, monkeypatch):
-    """The parts that run in a process each; the figures are for a person to read, here only that they are of what was asked for."""
-    from lab import bench
-
-    (tmp_path / "text.txt").write_text("a cat\n\nthe guitar\n" + "a dog\n" * 5)
-    shutil.copytree(ROOT / "assets" / "small-bert", tmp_path / "model")
-    built = bench.build(tmp_path / "model", str(tmp_path / "text.txt"), 50)
-    assert built["build_seconds"] >= 0 and built["MB_peak"] >= built["MB_before"] > 0
-    for dtype in ("fp32", "fp16"):
-        found = bench.search(tmp_path / "model", dtype, str(tmp_path / "text.txt"))
-        assert found["query_seconds"]["most"] >= found["query_seconds"]["median"] > 0
-    monkeypatch.setenv("XDG_CACHE_HOME", "")  # so that what they set is undone
-    made, drawn = bench.tokenise(tmp_path / "text.txt"), bench.draw(tmp_path / "text.txt", 3)
-    assert made["sentences"] == 8 and made["bytes_per_sentence"] == (8 * -(-made["tokens_per_sentence"] * 8 // 4) + 9 * 8 + 24) / 8
-    assert drawn["batch_ms"]["most"] >= drawn["batch_ms"]["mean"] > 0
-    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(UserError, match="encode wants sentence-transformers: pip install -r requirements-dev.txt"):
-        bench.bench_encode(argparse.Namespace(text=str(tmp_path / "text.txt"), sentences=5, seed=0, model="", rounds=1))
-    (tmp_path / "empty.txt").touch()
-    with pytest.raises(UserError, match="empty.txt: no sentences in it"):
-        bench.read_text(str(tmp_path / "empty.txt"))
-
-
-def test_the_products_of_a_step_are_counted():
-    """By hand; and by PyTorch, of the step on transformers."""
-    pytest.importorskip("transformers", reason="the step that is counted is written on it")
-    from torch.utils.flop_counter import FlopCounterMode
-
-
-    # 4 rows of 3 tokens: a layer has 4*16 + 2*4*16 parameters and two products of attention, 12 * (2 * 192 + 4 * 3 * 4) = 5184;
-    # the projector makes 4 * 2 * (4*8 + 8*4) = 512, the cosines 2*2 * 2*4 = 32, the head 12 * 2 * 4*2 = 192, the words 12 * 2 * (4*4 + 4*10) = 1344
-    size = BertConfig("bert", 10, 4, 1, 1, 16)
-    assert steps.flops(size, size, steps.READINGS["published"], 4, 3) == 3 * (5184 + 512 + 32 + 5184 + 192) + 5184 + 1344
-    assert steps.flops(size, size, steps.READINGS["paper"], 4, 3) == 3 * (5184 + 512 + 32 + (5184 + 192) // 2) + (5184 + 1344) // 2
-    assert [round(steps.flops(*steps.SIZES["base"], cfg, 128, 32) / 1e12, 2) for cfg in steps.READINGS.values()] == [4.75, 3.43]
-    mask = torch.arange(7) < torch.tensor([7, 7, 5, 5, 3, 3])[:, None]
-    x, selected = torch.randint(5, 90, mask.shape) * mask, mask & (torch.rand(mask.shape) < 0.5)
-    for family, cfg in itertools.product(("bert", "distilbert"), steps.READINGS.values()):
-        sizes = BertConfig("bert", 90, 16, 2, 2, 64), BertConfig(family, 90, 16, 1, 2, 64)
-        cfg = replace(cfg, generator_dropout=True)  # without it attention is a kernel that PyTorch does not count
-        step = steps.theirs(sizes, cfg, argparse.Namespace(cls=2, sep=3), torch.device("cpu"), None)
-        with FlopCounterMode(display=False) as counter:
-            step((x, mask, x.masked_fill(selected, 4), selected), None)
-        assert counter.get_total_flops() == steps.flops(*sizes, cfg, *x.shape)
-
-
-@pytest.fixture
-def tiny(monkeypatch, tmp_path):
-    """lab.bench with all that it measures made tiny, in this process; and a text."""
-    pytest.importorskip("transformers", reason="what ours is compared with")
-    from lab import bench, steps
-
-    sizes = BertConfig("bert", 8200, 16, 1, 2, 32), BertConfig("distilbert", 8200, 16, 1, 2, 32)
-    monkeypatch.setitem(bench.SIZES, "mini", sizes)
-    monkeypatch.setattr(steps, "WORDS", 8200)
-    for name, cfg in bench.READINGS.items():
-        monkeypatch.setitem(bench.READINGS, name, replace(cfg, batch_size=4))
-    monkeypatch.setitem(bench.WIDTH, "cpu", 64)
-    monkeypatch.setattr(bench, "alone", lambda work, *arguments, seconds=0: work(*arguments))
-    (tmp_path / "text.txt").write_text("".join(f"sentence number {i} of some\n" for i in range(70)))
-    return bench
-
-
-def test_bench_compares_steps(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench", "step", "--text", str(tmp_path / "text.txt"), "--sizes", "mini", "--rounds", "2", "--steps", "1", "--json", str(tmp_path / "out.json")])
-    tiny.main()
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert [line.split(" | ")[:2] for line in table[2:]] == [["| mini", "published"], ["| mini", "paper"]] and len({line.count("|") for line in table}) == 1
-    result = json.loads((tmp_path / "out.json").read_text())
-    assert result["command_line"].startswith("python -m lab.bench step --text") and result["machine"]["torch"] == torch.__version__
-    for row in result["rows"]:
-        assert row["ratio"]["least"] <= row["ratio"]["median"] <= row["ratio"]["most"] and len(row["rounds"]["ours"]) == 2
-        assert min(row["ms_per_step"].values()) > 0 and row["peak_gflops"] > 0 and min(row["MB"].values()) > 50
-    assert result["rows"][0]["gflop_per_step"] > result["rows"][1]["gflop_per_step"]
-
-
-def test_a_step_without_each_part_is_the_same_step(tiny, tmp_path, monkeypatch):
-    """The figures of lab.bench without are of the same work: with dropout at 0 every way has the same losses; and all are put back."""
-    import bert
-    import fast
-
-    before = bert.Bert.forward, fast.linear, fast.dropout, fast.has_onednn, fast.ROWS, torch.optim.AdamW
-    cfg = replace(steps.READINGS["paper"], dropout=0.0, edit="argmax")
-    losses = {}
-    for name in ("", *steps.WITHOUT):
-        with tiny.without(name):
-            torch.manual_seed(0)
-            step = steps.ours(tiny.SIZES["mini"], cfg, tiny.whole_vocabulary(), torch.device("cpu"), None)
-            draw = steps.batches(str(tmp_path / "text.txt"), cfg, tiny.whole_vocabulary(), torch.device("cpu"))
-            losses[name] = [float(step(*next(draw))["loss"]) for _ in range(3)]
-    assert before == (bert.Bert.forward, fast.linear, fast.dropout, fast.has_onednn, fast.ROWS, torch.optim.AdamW)
-    for name, values in losses.items():
-        assert values == pytest.approx(losses[""], rel=1e-4), name
-    seconds = tiny.compare_without(tiny.SIZES["mini"], "published", str(tmp_path / "text.txt"), 2, 1)
-    assert set(seconds) == {"", *steps.WITHOUT} and all(len(values) == 2 and min(values) > 0 for values in seconds.values())
-
-
-def test_bench_compares_evaluations(tiny, made):
-    from bert import Bert
-    from embed import Opened, save_model
-
-    pytest.importorskip("sentence_transformers", reason="what ours is compared with")
-    cfg = replace(tiny.SIZES["mini"][0], initializer_range=0.3)  # vectors that are told apart in fp32
-    torch.manual_seed(0)
-    save_model(Opened(Bert(cfg), tiny.whole_vocabulary(), "cls_before_pooler", 128), made / "model")
-    result = tiny.bench_evaluate(argparse.Namespace(model=str(made / "model"), data=str(made), rounds=1))
-    assert result["largest_difference"] < 0.1 and result["ratio"]["median"] > 0 and set(result["scores"]) == {"score", "STSB-dev"}
-
-
-def test_bench_gpu_without_one(tiny, tmp_path, monkeypatch, capsys):
-    """Its parts are a CPU's here; one that fails is told, and the others go on."""
-    monkeypatch.setattr(tiny, "KINDS", [("off", False), ("fp8", False), ("bf16", False)])
-    result = tiny.gpu(str(tmp_path / "text.txt"), torch.device("cpu"), tiny.SIZES["mini"], sentences=80, rounds=1, steps=1)
-    assert result["peak"]["bf16_gflops"] > 0 and result["step"][0]["ms_per_step"]["ours"] > 0 and "KeyError: 'fp8'" in result["step"][1]["failed"]
-    assert result["schedule"]["steps"] == result["schedule"]["of"] == 4 and result["schedule"]["minutes"] > 0
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(table) == 5 and table[2].startswith("| off | ")
-
-    rows = [{"step": 0, "seconds": 9, "score": 1}, *({"step": step, "seconds": seconds, "loss": 1} for step, seconds in ((1, 60), (100, 70), (200, 80), (300, 90)))]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert tiny.extrapolated(tmp_path / "log.jsonl", 31_250) == {"steps": 300, "of": 31_250, "minutes": 53.1}  # 70 seconds, and 31,150 steps at a tenth of one
-    assert tiny.extrapolated(tmp_path / "nothing", 9) == {"steps": 0, "of": 9, "minutes": None}
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["bench", "gpu", "--text", str(tmp_path / "text.txt")])
-    with pytest.raises(SystemExit, match="2"):
-        run_main(tiny.main)
-    assert capsys.readouterr().err == "error: gpu: this PyTorch finds no CUDA card\n"
-
-
-def test_what_lasts_too_long_is_ended():
-    from lab import bench
-
-    with pytest.raises(BrokenProcessPool):
-        bench.alone(time.sleep, 100, seconds=1)
-
-
-def test_soak_reads_memory_and_open_files(tmp_path):
-    from lab import soak
-
-    if not Path("/proc/self/status").exists():
-        pytest.skip("reads Linux's /proc")
-    before = soak.look(os.getpid())
-    with open(tmp_path / "a", "w"), open(tmp_path / "b", "w"):
-        assert soak.look(os.getpid())["files"] == before["files"] + 2 and before["MB"] > 10
-
-
-def test_crash_compares_all_but_times(tmp_path):
-    """Equal but for times is equal; a score, a line of the log or a weight that differs is not."""
-    from bert import write_safetensors
-    from lab import crash
-
-    def folder(name: str, score: float, loss: float, weight: float, seconds: float) -> Path:
-        out = tmp_path / name
-        write_safetensors(out / "best" / "model.safetensors", {"w": torch.tensor([weight])})
-        (out / "log.jsonl").write_text(json.dumps({"step": 1, "loss": loss, "seconds": seconds, "sentences_per_second": seconds}) + "\n")
-        (out / "results.json").write_text(json.dumps({"after": score, "minutes": seconds, "command": name}))
-        return out
-
-    whole = crash.outcome(folder("a", 1.0, 2.0, 3.0, 4.0))
-    assert crash.outcome(folder("b", 1.0, 2.0, 3.0, 9.0)) == whole
-    for i, other in enumerate([(1.1, 2.0, 3.0, 4.0), (1.0, 2.1, 3.0, 4.0), (1.0, 2.0, 3.1, 4.0)]):
-        assert crash.outcome(folder(f"c{i}", *other)) != whole
-    flags = crash.make(tmp_path)
-    assert parse_args(flags)[1].save_minutes == 0 and len((tmp_path / "text.txt").read_text(encoding="utf-8").splitlines()) == 200

@@ -22,6 +22,7 @@ from conftest import ROOT
 
 from diffcse import PRESETS, Config
 from engine.cli import flag, parse
+from lab.ablations import AblationConfig
 
 PAGES = ["README.md", "GUIDE.md", "RESULTS.md", "EXERCISES.md"]
 PROGRAMS = ("python", "pytest", "torchrun", "pip", "python3", ".venv/bin/python", ".venv/bin/pip")
@@ -86,9 +87,12 @@ def check_command(words: list[str]) -> str:
         return "pytest"
     if words[0] == "-c":
         return "python"
-    if words[0] in ("diffcse.py", "exercises/detached.py"):
+    configs = {"diffcse.py": Config, "exercises/detached.py": Config}
+    if words[:2] == ["-m", "lab.ablations"]:
+        words, configs["lab.ablations"] = words[1:], AblationConfig
+    if words[0] in configs:
         if "--resume" not in words and "-h" not in words:  # a resumed run has to exist
-            parse(Config, PRESETS, words[1:])
+            parse(configs[words[0]], PRESETS, words[1:])
         return words[0]
     if words[0] == "-m":
         module, rest = words[1], words[2:]
@@ -96,10 +100,10 @@ def check_command(words: list[str]) -> str:
         module, rest = words[0].removesuffix(".py").replace("/", "."), words[1:]
     assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
     text = help_of(module)
-    if rest and re.search(rf"[{{,\s]{re.escape(rest[0])}[,}}\s]", text.partition("positional")[2]):
+    if rest and rest[0].isalpha() and re.search(rf"([{{,]|^ +){rest[0]}[,}}\s]", text, re.M):
         text += help_of(module, rest[0])
     if module == "lab.reproduce":  # it passes flags on
-        text += help_of("diffcse") + help_of("lab.ablations")
+        text += " ".join(flag(field.name) for field in fields(AblationConfig))
     for word in rest:
         if word.startswith("--"):
             assert re.search(rf"(^|[\s,\[]){re.escape(word.split('=')[0])}\b", text), (module, word)

@@ -588,7 +588,7 @@ def test_the_command(tmp_path, made):
         folders.append(str(make_run(folder, seed=seed, best=True, data=str(made))))
     command = [sys.executable, "-m", "lab.report", *folders]
     done = subprocess.run(
-        [*command, "--out", "page.html", "--json", "page.json"],
+        [*command, "--out", "page.html", "--json", "page.json", "--device", "cpu", "--amp", "bf16"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -70,21 +70,14 @@ def close(a, b) -> None:
 
 
 @pytest.mark.parametrize(
-    "family, pooling, dtype",
-    [
-        ("bert", "cls_before_pooler", "fp32"),
-        ("bert", "mean", "fp32"),
-        ("bert", "max", "fp16"),
-        ("bert", "cls", "fp16"),
-        ("roberta", "cls_before_pooler", "fp16"),
-        ("roberta", "cls", "fp32"),
-        ("roberta", "mean", "fp32"),
-        ("distilbert", "cls_before_pooler", "fp32"),
-        ("distilbert", "mean", "fp16"),
-    ],
+    "case",
+    "bert cls_before_pooler fp32, bert mean fp32, bert max fp16, bert cls fp16, roberta mean fp32, "
+    "roberta cls_before_pooler fp16, roberta cls fp32, distilbert cls_before_pooler fp32, "
+    "distilbert mean fp16".split(", "),
 )
-def test_saved_folders_open_in_both_libraries_and_come_back(tmp_path, family, pooling, dtype):
+def test_saved_folders_open_in_both_libraries_and_come_back(tmp_path, case):
     """A thousand sentences: ours, theirs, and ours again of what they saved."""
+    family, pooling, dtype = case.split()
     base = make(family, tmp_path / "base", hub_files=pooling != "mean")
     model, positions = load_model(base), 62 if family == "roberta" else 64
     assert (model.pooling, model.max_length) == ("cls_before_pooler", positions)
@@ -124,17 +117,17 @@ def test_fp16_halves_the_file_and_moves_vectors_by_little(tmp_path):
 
 
 @pytest.mark.parametrize("pooling", ["cls_before_pooler", "avg_first_last"])
-@pytest.mark.parametrize("max_length", [32, 256])
+@pytest.mark.parametrize("max_length", [32, 256, 999])
 def test_the_length_comes_back_and_a_saved_folder_is_replaced(tmp_path, pooling, max_length):
     """sentence-transformers does not have avg_first_last, so its folder must not name a pooling."""
     model = load_model(SMALL)
-    model.bert.cfg.max_position_embeddings = 512
-    D = model.bert.cfg.hidden_size
-    model.bert.embeddings.position = torch.nn.Embedding(512, D)
+    model.bert.cfg.max_position_embeddings = model.bert.max_length = 512
+    model.bert.embeddings.position = torch.nn.Embedding(512, model.bert.cfg.hidden_size)
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "old").touch()
     model = model._replace(pooling=pooling, max_length=max_length)
     save_model(model, tmp_path / "saved", model_card("", model, ""), run_config="{}")
+    max_length = min(max_length, 512)
     assert load_model(tmp_path / "saved").max_length == max_length
     names = {file.name for file in (tmp_path / "saved").iterdir()}
     assert "old" not in names and "run_config.json" in names
@@ -195,10 +188,11 @@ def test_export_keeps_a_folders_pooling_and_overwrites_nothing(tmp_path, monkeyp
 
     export(minilm, tmp_path / "out")
     assert "pooling mean" in capsys.readouterr().out
+    theirs = sentence_transformers.SentenceTransformer(str(minilm), device="cpu")
+    expected = theirs.encode(SENTENCES[:30], normalize_embeddings=True)
     for folder in (minilm, tmp_path / "out"):
         assert load_model(folder)[2:] == ("mean", 256)
-        theirs = sentence_transformers.SentenceTransformer(str(minilm), device="cpu")
-        close(encode(folder, SENTENCES[:50]), theirs.encode(SENTENCES[:50]))
+        close(encode(folder, SENTENCES[:30]), expected)
     with pytest.raises(UserError, match="out exists and is not an empty folder"):
         export(minilm, tmp_path / "out")
     with pytest.raises(UserError, match="needs a model with a pooler"):
@@ -245,7 +239,7 @@ POOLING = "1_Pooling/config.json"
 @pytest.mark.parametrize(
     "file, content, says",
     [
-        ("modules.json", {}, r"modules.json: expected list, found dict"),
+        ("modules.json", {}, r"modules.json cannot be read: expected list"),
         ("modules.json", [1], "its modules are None; supported are Transformer, Pooling, then"),
         ("modules.json", [], "its modules are ; supported"),
         ("modules.json", [{"path": "", "type": "a.WordWeights"}], "its modules are WordWeights"),

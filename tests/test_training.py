@@ -341,7 +341,7 @@ def test_a_generator_with_more_rows_than_the_tokenizer_has_words(train_tiny, tmp
     "changes, message",
     [
         ({"generator": SMALL}, "another vocabulary"),
-        ({"max_length": 41}, "position embeddings for 40"),
+        ({"max_length": 41}, "has 40 positions"),
         ({"model": "no/such/model"}, "no/such/model: no such model folder"),
         ({"device": "cuda"}, "is not available"),
         ({"amp": "fp16"}, "does not work on cpu; use off or bf16"),
