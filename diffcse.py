@@ -38,7 +38,9 @@ from data import Batch, Tokenizer, mask_tokens
 from embed import DiffCSE, check_pooling, encode  # noqa: F401  (users import DiffCSE)
 from engine import cli, demo, distributed, fast, hub
 from engine.errors import UserError, run_main
-from engine.run import Metrics, Run, pick_device
+from engine.checkpoint import Metrics
+from engine.device import pick_device
+from engine.run import Run
 from engine.tokens import TokenizedSentences
 from eval_sts import make_score
 

@@ -35,7 +35,7 @@ from engine.errors import UserError, atomic_file, run_main
 from engine.hub import find_model
 from engine.index import Index
 from engine.model_folder import DTYPES, RUN_CONFIG, load_model, model_card, save_model
-from engine.run import pick_device
+from engine.device import pick_device
 
 AVERAGES = {"mean": -1, "avg_first_last": 0, "avg_layer1_last": 1, "avg_top2": -2}
 POOLINGS = ("cls", "cls_before_pooler", "max", *AVERAGES)

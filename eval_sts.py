@@ -26,7 +26,7 @@ from engine.cli import Parser, add_model_flags
 from engine.errors import UserError, run_main, write_atomically
 from engine.hub import ROOT, find_senteval, find_text
 from engine.model_folder import load_model
-from engine.run import pick_device
+from engine.device import pick_device
 
 # ------------------------------------------------------------------------------------------------
 # Spearman's correlation: Pearson's correlation of the ranks

@@ -17,7 +17,7 @@ import data
 import diffcse
 import eval_sts
 from embed import l2_normalize
-from engine import fast, run
+from engine import checkpoint, fast
 from lab import analysis
 
 
@@ -81,8 +81,8 @@ def recall_at_k(u: np.ndarray, v: np.ndarray, k: int) -> float:
 
 
 def state_dict(model, optimizer) -> dict[str, Tensor]:
-    return run.state_dict(model, optimizer, pending=[])
+    return checkpoint.state_dict(model, optimizer, pending=[])
 
 
 def load_state_dict(tensors: dict[str, Tensor], model, optimizer) -> None:
-    run.load_state_dict(tensors, model, optimizer)
+    checkpoint.load_state_dict(tensors, model, optimizer)

@@ -44,7 +44,7 @@ from diffcse import (
 )
 from engine import cli, distributed, hub
 from engine.errors import UserError, run_main
-from engine.run import Metrics
+from engine.checkpoint import Metrics
 from engine.tokens import TokenizedSentences
 from lab.running_text import read_running_text, read_with_next
 

@@ -39,7 +39,7 @@ from engine.cli import Parser, comma_list, positive_int
 from engine.errors import UserError, run_main, write_atomically
 from engine.hub import find_model
 from engine.model_folder import MAX_LENGTH, LoadedModel, load_model, save_model
-from engine.run import machine, pick_device
+from engine.device import machine, pick_device
 from eval_sts import make_score
 from lab.steps import AMPS, OPERATIONS, READINGS, SIZES, make_batches, whole_vocabulary
 from lab.worker import encode_work, peak_memory

@@ -22,7 +22,7 @@ from bert import read_safetensors
 from data import read_lines
 from engine.cli import Parser, positive_int
 from engine.errors import run_main, write_atomically
-from engine.run import STATE
+from engine.checkpoint import STATE
 
 ROOT = Path(__file__).parent.parent
 TIMES = ("seconds", "sentences_per_second", "minutes", "command")

@@ -36,7 +36,7 @@ from diffcse import (
 )
 from engine import cli, fast
 from engine.errors import UserError, run_main
-from engine.run import load_state, load_state_dict
+from engine.checkpoint import load_state, load_state_dict
 from engine.tokens import TokenizedSentences
 
 OTHERS = (

@@ -47,21 +47,21 @@ from tqdm import tqdm
 from bert import BertConfig, BertForMaskedLM, load_bert, read_config, save_bert
 from data import TOKENIZER_FILES, Tokenizer, corrupt, read_lines
 from diffcse import derive_seed
-from engine.cli import Parser
-from engine.errors import UserError, run_main, write_atomically
-from engine.hub import find_model
-from engine.run import (
+from engine.checkpoint import (
     LOCK,
     STATE,
-    Stop,
     load_state,
     load_state_dict,
     locked,
     new_folder,
-    pick_device,
     save_state,
     state_dict,
 )
+from engine.cli import Parser
+from engine.device import pick_device
+from engine.errors import UserError, run_main, write_atomically
+from engine.hub import find_model
+from engine.run import Stop
 from engine.tokens import TokenizedSentences
 from lab.running_text import split_sentences
 

@@ -35,7 +35,7 @@ from embed import encode
 from engine.cli import MAY_CHANGE, Parser, add_encoder_flags, parse_field
 from engine.errors import UserError, run_main, write_atomically
 from engine.model_folder import load_model
-from engine.run import pick_device
+from engine.device import pick_device
 from eval_sts import average_ranks, make_score, spearman
 from lab.ablations import AblationConfig
 from lab.analysis import neighbours, vectors_of

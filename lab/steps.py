@@ -24,7 +24,7 @@ from data import Batch, Tokenizer, mask_tokens
 from diffcse import Config, DiffCSEModel, make_optimizer, make_projector, train_step
 from engine.fast import FastCPU, accelerate
 from engine.hub import find_model
-from engine.run import Metrics
+from engine.checkpoint import Metrics
 from engine.tokens import TokenizedSentences
 
 VOCAB_SIZE = 30_522  # bert-base's

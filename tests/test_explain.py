@@ -16,7 +16,8 @@ from data import Batch, mask_tokens
 from diffcse import PRESETS, Config, DiffCSEModel, derive_seed
 from engine import cli, fast
 from engine.errors import UserError
-from engine.run import Run, load_state, load_state_dict
+from engine.checkpoint import load_state, load_state_dict
+from engine.run import Run
 from engine.tokens import TokenizedSentences
 from lab import explain
 

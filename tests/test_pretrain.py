@@ -23,7 +23,7 @@ import transformers
 from bert import BertConfig, BertForMaskedLM, load_bert, read_safetensors, save_bert
 from data import Tokenizer
 from engine.errors import UserError, run_main
-from engine.run import STATE, save_state
+from engine.checkpoint import STATE, save_state
 from lab import pretrain
 
 ROOT = Path(__file__).parent.parent

@@ -19,8 +19,10 @@ from conftest import ROOT, read_log
 import bert
 import diffcse
 from diffcse import PRESETS, Config
+from engine import checkpoint
 from engine import run as runs
 from engine.cli import parse
+from engine.device import pick_device
 from engine.errors import UserError
 
 
@@ -88,13 +90,13 @@ def test_a_run_that_crashed_at_any_step_ends_as_one_that_did_not(
             crash_at(monkeypatch, step)
             with pytest.raises(Crash):
                 train_tiny(**settings, **({"resume": str(out)} if i else {"out_dir": str(out)}))
-            assert (out / runs.STATE).is_file() and not (out / "results.json").exists()
+            assert (out / checkpoint.STATE).is_file() and not (out / "results.json").exists()
         torch.manual_seed(99), torch.rand(7)  # no random state is needed
         train_tiny(**settings, resume=str(out), out_dir="")
         assert outcome(out) == outcome(whole)
         assert (out / "config.json").read_bytes() == (whole / "config.json").read_bytes()
         names = [{file.name for file in folder.iterdir()} for folder in (out, whole)]
-        assert names[0] == names[1] and runs.STATE not in names[0]
+        assert names[0] == names[1] and checkpoint.STATE not in names[0]
     assert [row["step"] for row in read_log(out)] == [0, 1, 2, 3, 3, 4, 6, 6, 7, 7]
 
 
@@ -160,7 +162,7 @@ def test_only_settings_that_change_no_number_may_change(train_tiny, tiny, tmp_pa
     evaluated = [row["step"] for row in read_log(tmp_path / "out") if "score" in row]
     assert evaluated == [0, 2, 3, 5]  # every 2 steps, then every 3, and the last
     files = [file for file in (tmp_path / "out").iterdir() if file.is_file()]
-    before = {file: file.read_bytes() for file in files if file.name != runs.LOCK}
+    before = {file: file.read_bytes() for file in files if file.name != checkpoint.LOCK}
     with pytest.raises(UserError, match="is a finished run"):
         train_tiny(resume=out)
     with pytest.raises(UserError, match="is not empty"):
@@ -221,7 +223,7 @@ def test_a_second_signal_stops_at_once(train_tiny, tmp_path, monkeypatch):
     before_step(monkeypatch, 3, interrupt_twice)
     with pytest.raises(KeyboardInterrupt):
         train_tiny(save_minutes=0)
-    assert runs.load_state(tmp_path / "out")[1]["step"] == 2  # the last one, whole
+    assert checkpoint.load_state(tmp_path / "out")[1]["step"] == 2  # the last one, whole
 
 
 # ------------------------------------------------------------------------------------------------
@@ -231,7 +233,7 @@ def test_a_second_signal_stops_at_once(train_tiny, tmp_path, monkeypatch):
 def test_a_full_disk_is_one_line_and_the_old_state_stays(train_tiny, tmp_path, monkeypatch):
     """No space in the middle of the third state: the second is intact, and the run resumes."""
     train_tiny(out_dir=str(tmp_path / "whole"))
-    write, states = runs.write_safetensors, []
+    write, states = checkpoint.write_safetensors, []
 
     def write_until_full(path, tensors) -> None:
         states.append(0)
@@ -240,12 +242,12 @@ def test_a_full_disk_is_one_line_and_the_old_state_stays(train_tiny, tmp_path, m
             os.truncate(path, 100)
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(runs, "write_safetensors", write_until_full)
+    monkeypatch.setattr(checkpoint, "write_safetensors", write_until_full)
     message = "cannot write .*state.safetensors: No space left on device; after fixing this, resume"
     with pytest.raises(UserError, match=message):
         train_tiny(save_minutes=0)
     out = tmp_path / "out"
-    assert runs.load_state(out)[1]["step"] == 2
+    assert checkpoint.load_state(out)[1]["step"] == 2
     assert not list(out.glob(".*.tmp"))
     train_tiny(resume=str(out))
     assert outcome(out) == outcome(tmp_path / "whole")
@@ -283,26 +285,29 @@ def test_a_folder_in_use_is_refused_and_a_dead_process_holds_none(tmp_path):
         import sys, time
         sys.path.insert(0, {str(ROOT)!r})
         from pathlib import Path
-        from engine import run
-        with run.locked(Path({str(tmp_path)!r})):
+        from engine import checkpoint
+        with checkpoint.locked(Path({str(tmp_path)!r})):
             print("held", flush=True)
             time.sleep(60)"""
     command = [sys.executable, "-c", textwrap.dedent(script)]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
-    for enter in (lambda: runs.locked(tmp_path), lambda: runs.new_folder(str(tmp_path), "x")):
+    for enter in (
+        lambda: checkpoint.locked(tmp_path),
+        lambda: checkpoint.new_folder(str(tmp_path), "x"),
+    ):
         with pytest.raises(UserError, match=rf"in use by another run \(process {holder.pid}\)"):
             with enter():
                 pass
     holder.kill()
     holder.wait()
-    with runs.new_folder(str(tmp_path), "x") as folder:
+    with checkpoint.new_folder(str(tmp_path), "x") as folder:
         assert folder == tmp_path
 
 
 def test_numbered_folders_are_never_shared(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with runs.new_folder("", "demo") as first, runs.new_folder("", "demo") as second:
+    with checkpoint.new_folder("", "demo") as first, checkpoint.new_folder("", "demo") as second:
         assert (str(first), str(second)) == ("runs/demo-1", "runs/demo-2")
 
 
@@ -310,11 +315,13 @@ def test_numbered_folders_are_never_shared(tmp_path, monkeypatch):
     "content, message", [(b"12", "damaged"), (None, "not a run's state; delete it to start again")]
 )
 def test_a_damaged_state_is_refused(tmp_path, content, message):
-    bert.write_safetensors(tmp_path / runs.STATE, {"run_state": torch.zeros(3, dtype=torch.uint8)})
+    bert.write_safetensors(
+        tmp_path / checkpoint.STATE, {"run_state": torch.zeros(3, dtype=torch.uint8)}
+    )
     if content is not None:
-        (tmp_path / runs.STATE).write_bytes(content)
+        (tmp_path / checkpoint.STATE).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        runs.load_state(tmp_path)
+        checkpoint.load_state(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -343,7 +350,7 @@ def test_nan_stops_the_run_and_the_last_good_state_stays(
     advice = ": try a lower --lr, or --amp off. .*best is the model of step 2"
     with pytest.raises(UserError, match=message + advice):
         train_tiny(save_minutes=0, log_every=3)
-    tensors, state = runs.load_state(tmp_path / "out")
+    tensors, state = checkpoint.load_state(tmp_path / "out")
     assert state["step"] == 3
     assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
 
@@ -381,12 +388,12 @@ def test_pick_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     cpu = torch.device("cpu")
-    assert runs.pick_device("auto", "off") == (cpu, None)
-    assert runs.pick_device("cpu", "bf16") == (cpu, torch.bfloat16)
+    assert pick_device("auto", "off") == (cpu, None)
+    assert pick_device("cpu", "bf16") == (cpu, torch.bfloat16)
     with pytest.raises(UserError, match=r"--device cuda is not available \(available: cpu\)"):
-        runs.pick_device("cuda", "auto")
+        pick_device("cuda", "auto")
     with pytest.raises(UserError, match="--amp fp16 does not work on cpu; use off or bf16"):
-        runs.pick_device("cpu", "fp16")
+        pick_device("cpu", "fp16")
 
 
 @pytest.mark.parametrize("avx512, amx", [(False, False), (True, False), (False, True)])
@@ -394,4 +401,4 @@ def test_auto_is_bf16_where_the_cpu_multiplies_it(monkeypatch, avx512, amx):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
     expected = torch.bfloat16 if avx512 or amx else None
-    assert runs.pick_device("cpu", "auto") == (torch.device("cpu"), expected)
+    assert pick_device("cpu", "auto") == (torch.device("cpu"), expected)

@@ -1,0 +1,133 @@
+"""A run's folder, held by one process, and the state from which the run resumes exactly.
+
+The state is a safetensors file of tensors and one JSON object, from which no code can run. Without
+this file two runs could write into one folder, and an interrupted one would start again.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from bert import ModelError, read_safetensors, write_safetensors
+from engine.cli import program
+from engine.errors import UserError, atomic_file
+
+STATE, LOCK = "state.safetensors", ".lock"
+Metrics = dict[str, tuple[Tensor | float, Tensor | float]]  # (sum, count) of each
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[Path]:
+    """Hold the folder for this process; the system releases it however the process ends.
+
+    Raises: UserError if another process holds it. Windows has no such lock: nothing is held.
+    """
+    try:
+        file = open(folder / LOCK, "a+")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    with file, contextlib.suppress(ImportError):
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(
+                f"{folder} is in use by another run (process {file.read().strip()}); wait for it, "
+                "or use another folder"
+            ) from None
+        with contextlib.suppress(OSError):  # the disk may be full
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+        yield folder
+
+
+@contextlib.contextmanager
+def new_folder(out_dir: str, name: str) -> Iterator[Path]:
+    """An empty folder, held: out_dir, or the next of runs/NAME-1, -2, ... Raises: UserError."""
+    numbered = (Path("runs") / f"{name}-{i}" for i in itertools.count(1))
+    folder = Path(os.path.expanduser(out_dir)) if out_dir else next(numbered)
+    try:
+        while not out_dir and folder.exists():
+            folder = next(numbered)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create --out-dir {folder}: {error.strerror}") from None
+    with locked(folder):
+        files = {f.name for f in folder.iterdir() if f.name != LOCK and f.suffix != ".tmp"}
+        if "config.json" in files and "results.json" not in files:
+            raise UserError(
+                f"--out-dir {folder} has an unfinished run; resume it with: {program()} "
+                f"--resume {folder}, or use another folder"
+            )
+        if files:
+            raise UserError(f"--out-dir {folder} is not empty; delete it, or use another folder")
+        yield folder
+
+
+def save_state(folder: Path, tensors: dict[str, Tensor], run_state: dict) -> None:
+    text = torch.frombuffer(bytearray(json.dumps(run_state).encode()), dtype=torch.uint8)
+    with atomic_file(folder / STATE, f"after fixing this, resume the run in {folder}") as file:
+        write_safetensors(file, tensors | {"run_state": text})
+
+
+def load_state(folder: Path) -> tuple[dict[str, Tensor], dict]:
+    """What save_state wrote; empty if the run was stopped before. Raises: UserError."""
+    if not (folder / STATE).is_file():
+        return {}, {}
+    try:
+        tensors = read_safetensors(folder / STATE)
+        return tensors, json.loads(tensors.pop("run_state").numpy().tobytes())
+    except (KeyError, ValueError) as error:
+        reason = str(error) if isinstance(error, ModelError) else "not a run's state"
+        raise UserError(f"{folder / STATE}: {reason}; delete it to start again") from None
+
+
+def state_dict(
+    model: nn.Module, optimizer: torch.optim.Optimizer, pending: list[Metrics]
+) -> dict[str, Tensor]:
+    """All tensors that the rest of a run depends on. The frozen generator is read from its folder.
+
+    pending: the metrics of the steps since the last line of the log.
+    """
+    tensors = {
+        f"model.{name}": tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("generator.")
+    }
+    for i, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
+    for name in pending[0] if pending else ():
+        rows = [torch.stack([torch.as_tensor(v).cpu().double() for v in m[name]]) for m in pending]
+        tensors[f"pending.{name}"] = torch.stack(rows)  # (steps, 2)
+    return tensors
+
+
+def load_state_dict(
+    tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> list[Metrics]:
+    """The inverse of state_dict. Returns `pending`."""
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "pending": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensor
+    names = [name for name in model.state_dict() if name.startswith("generator.")]
+    model.load_state_dict(parts["model"] | {name: model.state_dict()[name] for name in names})
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in parts["optimizer"].items():
+        i, _, kind = name.partition(".")
+        moments.setdefault(int(i), {})[kind] = tensor.clone()  # not a view of the file
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    rows = parts["pending"]
+    steps = len(next(iter(rows.values()))) if rows else 0
+    return [{name: tuple(rows[name][i].clone()) for name in rows} for i in range(steps)]
