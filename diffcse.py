@@ -430,14 +430,13 @@ def train(cfg: Config, name: str = "run", model_class: type[DiffCSEModel] = Diff
         scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
         step_fn = partial(train_step, model, optimizer, scaler, amp)
         step_fn = fast.accelerate(step_fn, model, cfg.fast, cfg.compile)
-        embed = partial(encode, encoder, tokenizer, pooling=cfg.pooling)  # in eval mode
-        embed_first_last = partial(encode, encoder, tokenizer, pooling="avg_first_last")
-        embed_amp = partial(embed, amp=amp)  # during training, in its precision
+        embed = partial(encode, encoder, tokenizer, pooling=cfg.pooling, fast=cfg.fast)
+        embed_amp = partial(embed, amp=amp)  # encode() switches to eval mode, and back
 
         run.begin(model, optimizer, scaler, sentences, total)  # --resume: sets run.step
         if run.step == 0 and distributed.is_main():
             run.scores["before"] = score.test(embed)
-            run.scores["first_last"] = score.test(embed_first_last)
+            run.scores["first_last"] = score.test(partial(embed, pooling="avg_first_last"))
             run.log_scores(score.dev(embed_amp), score.name)
 
         for step in range(run.step, total):

@@ -4,8 +4,7 @@
     model = DiffCSE("runs/demo-1")                          # a folder or a Hub name
     model.encode("a sentence")                              # (D,)
     model.similarity("a man plays", ["he plays"])           # (1,)
-    model.build_index(["one", "two"])
-    model.search("uno", top_k=1, threshold=0)               # [("one", 0.71)]
+    model.build_index(["one", "two"]); model.search("uno")  # [(sentence, cosine), ...]
 
     python embed.py encode MODEL FILE --out vectors.npy
     python embed.py search MODEL FILE "a question"
@@ -31,11 +30,12 @@ from tqdm import tqdm
 from bert import Bert
 from data import Tokenizer, read_lines
 from engine import cli
+from engine.device import pick_device
 from engine.errors import UserError, atomic_file, run_main
+from engine.fast import operations
 from engine.hub import find_model
 from engine.index import Index
 from engine.model_folder import DTYPES, RUN_CONFIG, load_model, model_card, save_model
-from engine.device import pick_device
 
 AVERAGES = {"mean": -1, "avg_first_last": 0, "avg_layer1_last": 1, "avg_top2": -2}
 POOLINGS = ("cls", "cls_before_pooler", "max", *AVERAGES)
@@ -84,12 +84,13 @@ def encode(
     max_length: int | None = None,
     normalize: bool = False,
     amp: torch.dtype | None = None,
+    fast: bool = True,
 ) -> np.ndarray:
     """Vectors of sentences, in their order, without dropout. Shapes: n sentences -> (n, D) float32.
 
     The longest are encoded first: batches have little padding, and a lack of memory shows early.
     max_length: in tokens (default: the number of positions). normalize: to unit length. amp: the
-    dtype of mixed precision. From 5,000 sentences on, a terminal shows a progress bar.
+    dtype of mixed precision. fast: use engine/fast.py.
     """
     sentences, training = check_sentences(sentences), bert.training
     max_length = bert.max_length if max_length is None else min(max_length, bert.max_length)
@@ -97,7 +98,7 @@ def encode(
     bar = tqdm(desc="encode", total=len(vectors), leave=False, disable=len(vectors) < 5000 or None)
     bert.eval()
     try:
-        with bar, torch.autocast(bert.device.type, dtype=amp, enabled=amp is not None):
+        with bar, torch.autocast(bert.device.type, amp, amp is not None), operations(fast):
             for start in range(0, len(sentences), ENCODE_CHUNK_SIZE):
                 ids = tokenizer(sentences[start : start + ENCODE_CHUNK_SIZE], max_length)
                 lengths = torch.tensor([len(row) for row in ids])

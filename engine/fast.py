@@ -1,15 +1,19 @@
-"""Faster operations for a training step, substituted under plain modules.
+"""Faster operations on a CPU, substituted under plain modules.
 
-    step = accelerate(step, model, enabled=True)   # F.dropout and attention are the ones below
+    step = accelerate(step, model)         # F.dropout, attention and F.linear are the ones below
+    with operations(): vectors = bert(ids)
 
 The modules stay PyTorch's and bert.py's: an edit there is what runs. Without this file training is
-the same but slower, and dropout draws other random numbers. Why these two: PyTorch draws a float
-for each element of a dropout mask, and attention has (B, H, T, T) of them.
+the same but slower, and dropout draws other random numbers. Why these three: PyTorch draws a float
+for each element of a dropout mask; attention has (B, H, T, T) of them; and PyTorch multiplies fp32
+with MKL, which is slow on an AMD.
 """
 
+import contextlib
 import sys
 import sysconfig
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -50,11 +54,47 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) ->
     return Dropout.apply(scores.softmax(-1), p) @ v
 
 
+@cache
+def mkl_is_slow() -> bool:
+    """Whether oneDNN's product is the faster one; on an Intel it gains nothing."""
+    cpu = Path("/proc/cpuinfo")  # of Linux
+    amd = cpu.is_file() and "AuthenticAMD" in cpu.read_text()
+    return amd and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class Linear(torch.autograd.Function):
+    """F.linear in fp32, by oneDNN. Shapes: (..., in), (out, in), (out,) -> (..., out)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), rows = ctx.saved_tensors, grad.flatten(0, -2)  # (n, out)
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], "")
+        if ctx.needs_input_grad[1]:
+            grad_weight = rows.t() @ x.flatten(0, -2)  # MKL is as fast at this one
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0)
+        return grad_x, grad_weight, grad_bias
+
+
+def is_fp32_on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    fp32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return fp32 and x.device.type == "cpu" and x.numel() > 0
+
+
 class FastCPU(TorchFunctionMode):
     """Inside `with FastCPU():`, calls of these functions on the CPU go to the ones above."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is F.linear and mkl_is_slow() and is_fp32_on_cpu(*args):
+            return Linear.apply(*args)
         if func is F.dropout and args[0].device.type == "cpu":
             if kwargs["training"] and kwargs["p"] > 0:  # nn.Dropout passes its settings by name
                 return Dropout.apply(args[0], kwargs["p"])
@@ -62,6 +102,10 @@ class FastCPU(TorchFunctionMode):
             if kwargs.get("dropout_p", 0.0) > 0:
                 return attention(*args, kwargs.get("attn_mask"), kwargs["dropout_p"])
         return func(*args, **kwargs)
+
+
+def operations(enabled: bool = True) -> contextlib.AbstractContextManager:
+    return FastCPU() if enabled else contextlib.nullcontext()
 
 
 def accelerate(
@@ -73,11 +117,9 @@ def accelerate(
         if not reason:
             return compiled(step, model)
         print(f"--compile: {reason}; the run continues without", file=sys.stderr)
-    if not enabled or next(model.parameters()).device.type != "cpu":
-        return step
 
     def fast_step(batch):
-        with FastCPU():
+        with operations(enabled):
             return step(batch)
 
     return fast_step

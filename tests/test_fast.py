@@ -77,6 +77,40 @@ def test_attention_equals_pytorchs(queries):
         assert relative(ours, expected) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "shape, out", [((5, 7), 3), ((4, 6, 16), 48), ((1, 1), 1), ((130, 33), 257)]
+)
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_equals_pytorchs(shape, out, strided, bias, monkeypatch):
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(fast, "mkl_is_slow", lambda: True)
+    torch.manual_seed(0)
+    x = torch.randn(shape).mT if strided else torch.randn(shape)
+    x.requires_grad_()
+    weight = torch.randn(out, x.shape[-1], requires_grad=True)
+    inputs = [x, weight, *[torch.randn(out, requires_grad=True)] * bias]
+    results = []
+    for enabled in (True, False):
+        with fast.operations(enabled):
+            y = F.linear(*inputs)
+        assert (y.grad_fn.name() == "LinearBackward") == enabled
+        results.append((y, *torch.autograd.grad(y.sin().sum(), inputs)))
+    for ours, expected in zip(*results):
+        assert relative(ours, expected) < 1e-5
+
+
+def test_linear_leaves_fp64_autocast_and_empty_inputs_to_pytorch(monkeypatch):
+    monkeypatch.setattr(fast, "mkl_is_slow", lambda: True)
+    x, weight = torch.randn(2, 3, requires_grad=True), torch.randn(4, 3)
+    with fast.operations():
+        assert F.linear(x.double(), weight.double()).grad_fn.name() != "LinearBackward"
+        assert F.linear(x[:0], weight).shape == (0, 4)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert F.linear(x, weight).dtype == torch.bfloat16
+
+
 # ------------------------------------------------------------------------------------------------
 # The whole step
 
