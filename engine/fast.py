@@ -66,7 +66,7 @@ class Linear(torch.autograd.Function):
     """F.linear in fp32, by oneDNN. Shapes: (..., in), (out, in), (out,) -> (..., out)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -93,8 +93,8 @@ class FastCPU(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.linear and mkl_is_slow() and is_fp32_on_cpu(*args):
-            return Linear.apply(*args)
+        if func is F.linear and not kwargs and mkl_is_slow() and is_fp32_on_cpu(*args):
+            return Linear.apply(*args, *[None] * (3 - len(args)))
         if func is F.dropout and args[0].device.type == "cpu":
             if kwargs["training"] and kwargs["p"] > 0:  # nn.Dropout passes its settings by name
                 return Dropout.apply(args[0], kwargs["p"])
