@@ -1,18 +1,19 @@
 """BERT from scratch: one encoder that is BERT, RoBERTa or DistilBERT, and its files.
 
-Needs torch and the standard library only: copy this file and use it alone.
+Needs torch and the standard library only: copy this file and use it alone. Outputs equal
+transformers' within 1e-5.
 
     model = load_bert("bert-base-uncased/")          # a folder with config.json and weights
-    states = model(ids, mask)                        # (B, T), (B, T) bool -> (B, T, D)
-    logits = load_bert(folder, mlm=True)(ids, mask)  # (B, T, W)
+    states = model(ids, mask)                        # (R, T), (R, T) bool -> (R, T, D)
+    logits = load_bert(folder, mlm=True)(ids, mask)  # (R, T, W)
 
-Reading order: attention, layer, embeddings, Bert, masked-LM head; then safetensors files; then the
-names that the three families give to the same tensors. Outputs equal transformers' within 1e-5.
-
-Shapes: B rows, T tokens including padding, D hidden size, H heads, W words of the vocabulary.
+Reading order: attention, layer, embeddings, Bert, masked-LM head. The rest may be skipped: the
+safetensors format, the three families' names for the same tensors, model folders.
+Shapes: R rows, T tokens including padding, D hidden size, H heads, W words of the vocabulary.
 Not here: decoders, token types other than 0, relative positions, activations other than erf-GELU.
 """
 
+import ctypes
 import json
 import math
 import mmap
@@ -64,19 +65,19 @@ class BertConfig:
             raise ModelError("pad_token_id is not below vocab_size")
 
 
-DISTILBERT_CONFIG = {"dim": "hidden_size", "hidden_dim": "intermediate_size"}  # its own names
+DISTILBERT_CONFIG = {"dim": "hidden_size", "hidden_dim": "intermediate_size"}  # its field names
 DISTILBERT_CONFIG |= {"n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}
 DISTILBERT_CONFIG |= {"attention_dropout": "attention_probs_dropout_prob"}
 DISTILBERT_CONFIG |= {"dropout": "hidden_dropout_prob", "activation": "hidden_act"}
 SUPPORTED = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
-SUPPORTED |= {"add_cross_attention": False, "sinusoidal_pos_embds": False}  # one value each
+SUPPORTED |= {"add_cross_attention": False, "sinusoidal_pos_embds": False}  # no others
 
 # ------------------------------------------------------------------------------------------------
 # The network
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention. Shapes: queries (B, Q, D), x (B, T, D), mask (B, T) -> (B, Q, D)."""
+    """Multi-head attention. Shapes: queries (R, Q, D), x (R, T, D), mask (R, T) -> (R, Q, D)."""
 
     def __init__(self, cfg: BertConfig):
         super().__init__()
@@ -88,7 +89,7 @@ class SelfAttention(nn.Module):
         self.output = nn.Linear(cfg.hidden_size, cfg.hidden_size)
 
     def forward(self, queries: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-        def split(t: Tensor) -> Tensor:  # (B, T, D) -> (B, H, T, D / H)
+        def split(t: Tensor) -> Tensor:  # (R, T, D) -> (R, H, T, D / H)
             return t.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
         q, k, v = split(self.query(queries)), split(self.key(x)), split(self.value(x))
@@ -108,8 +109,7 @@ class Layer(nn.Module):
         self.up = nn.Linear(cfg.hidden_size, cfg.intermediate_size)
         self.down = nn.Linear(cfg.intermediate_size, cfg.hidden_size)
         self.norm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
-        # DistilBERT has no dropout between attention and its residual sum.
-        distilbert = cfg.model_type == "distilbert"
+        distilbert = cfg.model_type == "distilbert"  # has no dropout before the residual sum
         self.attention_dropout = nn.Dropout(0.0 if distilbert else cfg.hidden_dropout_prob)
         self.dropout = nn.Dropout(cfg.hidden_dropout_prob)
 
@@ -120,7 +120,7 @@ class Layer(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Word + position + token-type embeddings, LayerNorm, dropout. Shapes: (B, T) -> (B, T, D)."""
+    """Word + position + token-type embeddings, LayerNorm, dropout. Shapes: (R, T) -> (R, T, D)."""
 
     def __init__(self, cfg: BertConfig):
         super().__init__()
@@ -137,7 +137,7 @@ class Embeddings(nn.Module):
             positions = torch.arange(ids.shape[1], device=ids.device)  # (T,)
         else:  # RoBERTa counts the tokens that are not padding, from pad_token_id + 1
             real = (ids != self.padding_offset).long()
-            positions = real.cumsum(1) * real + self.padding_offset  # (B, T)
+            positions = real.cumsum(1) * real + self.padding_offset  # (R, T)
         x = self.word(ids) + self.position(positions)
         if self.token_type is not None:
             x = x + self.token_type.weight[0]  # one segment
@@ -152,7 +152,7 @@ class Bert(nn.Module):
         self.cfg = cfg
         self.embeddings = Embeddings(cfg)
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_hidden_layers))
-        self.pooler: nn.Linear | None = None  # set by load_bert if the file has one
+        self.pooler: nn.Linear | None = None  # if the file has one; embed.py uses it
         unused = cfg.pad_token_id + 1 if cfg.model_type == "roberta" else 0
         self.max_length = cfg.max_position_embeddings - unused  # the longest row, in tokens
         self.apply(self.init_weights)
@@ -175,12 +175,12 @@ class Bert(nn.Module):
         all_layers: bool = False,
         cls_only: bool = False,
     ) -> Tensor | list[Tensor]:
-        """Shapes: ids (B, T); mask (B, T), True at tokens (default: everywhere) -> (B, T, D).
+        """Shapes: ids (R, T); mask (R, T), True at tokens (default: everywhere) -> (R, T, D).
 
-        cls_only: the last layer is computed for position 0 alone, (B, 1, D): enough for training.
-        cls_vector (B, D) replaces position 0 after the embeddings' LayerNorm and dropout, so
-        nothing of [CLS] is left: this conditions the discriminator of DiffCSE on h.
-        all_layers: a list of the embeddings' output and the output of each layer.
+        cls_vector (R, D) replaces position 0 after the embeddings' LayerNorm and dropout, so
+        nothing of [CLS] is left: this conditions DiffCSE's discriminator on h, as published.
+        all_layers: returns a list, the embeddings' output and the output of each layer.
+        cls_only: computes the last layer for position 0 alone, which is all that training reads.
         """
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         x = self.embeddings(ids)
@@ -225,20 +225,20 @@ class BertForMaskedLM(nn.Module):
     def predict_tokens(
         self, ids: Tensor, mask: Tensor, positions: Tensor, temperature: float | None = None
     ) -> Tensor:
-        """The most likely token, or with a temperature a sampled one. Shapes: (B, T) -> (B, T).
+        """The most likely token, or with a temperature a sampled one. Shapes: (R, T) -> (R, T).
 
-        positions (B, T) bool: those to predict; the others keep their ids. Logits are computed for
+        positions (R, T) bool: those to predict; the others keep their ids. Logits are computed for
         256 positions at a time: all of them together would take hundreds of megabytes.
         """
-        tokens = [ids.new_zeros(0)]
+        tokens = [ids.new_zeros(0)]  # there may be no positions
         for states in self.bert(ids, mask)[positions].split(256):  # (n, D)
             logits = self.head(states, self.bert.embeddings.word.weight)  # (n, W)
             if temperature is None:
                 tokens.append(logits.argmax(-1))
-            else:  # invert the distribution: one random number a row, where multinomial draws W
+            else:  # inverse-CDF sampling: one random number a row, where multinomial draws W
                 cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)  # (n, W)
-                draw = 1 - torch.rand(len(logits), 1, device=ids.device)  # in (0, 1]
-                draw = draw * cumulative[:, -1:]  # rounding leaves the last value near 1
+                draw = 1 - torch.rand(len(logits), 1, device=ids.device)  # > 0, so never p = 0
+                draw = draw * cumulative[:, -1:]  # the last value is 1 up to rounding
                 tokens.append(torch.searchsorted(cumulative, draw).squeeze(1))
         predicted = ids.clone()
         predicted[positions] = torch.cat(tokens)
@@ -263,7 +263,7 @@ def unique_names(pairs: list) -> dict:
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a file, memory-mapped; what is written into them never reaches the disk.
+    """All tensors of a file, memory-mapped, copy-on-write: changing a tensor leaves the file as is.
 
     Raises: ModelError for a damaged file, before memory is allocated for an untrusted size.
     """
@@ -313,13 +313,13 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+            flat = tensors[name].detach().cpu().contiguous()
+            file.write(ctypes.string_at(flat.data_ptr(), flat.nbytes))
 
 
 # ------------------------------------------------------------------------------------------------
-# Hugging Face's names for the same tensors: one if all families agree, two if only DistilBERT
-# differs, or BERT's, RoBERTa's and DistilBERT's. The names of a layer follow "layers.3.".
+# Hugging Face's names. First this file's; then one for all families, or one for BERT and RoBERTa
+# and one for DistilBERT, or one for each. A layer's names follow "layers.3.".
 
 NAMES = """
 embeddings.word        embeddings.word_embeddings
@@ -454,7 +454,7 @@ def load_bert(folder: str | Path, mlm: bool = False, dropout: float | None = Non
             raise ModelError(f"{what} is {tensor.dtype} {list(tensor.shape)}")
         parameter.copy_(tensor)  # fp16 and bf16 files become fp32
     tied = hf_name("decoder.weight", family, "")  # most files leave it out
-    if mlm and not torch.equal(tensors.get(tied, embeddings).float(), embeddings):
+    if mlm and not torch.equal(tensors.pop(tied, embeddings).float(), embeddings):
         raise ModelError(f"{folder}: {tied!r} is not tied to the word embeddings")
     model.ignored = sorted(tensors)
     return model.eval()

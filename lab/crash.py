@@ -25,7 +25,7 @@ from engine.errors import run_main, write_atomically
 from engine.checkpoint import STATE
 
 ROOT = Path(__file__).parent.parent
-TIMES = ("seconds", "sentences_per_second", "minutes", "command")
+MAY_DIFFER = ("seconds", "sentences_per_second", "minutes", "command", "folder")
 
 
 def make(folder: Path) -> list[str]:
@@ -52,13 +52,13 @@ def finish(process: subprocess.Popen) -> None:
 
 
 def outcome(folder: Path) -> dict:
-    """What two equal runs have in common: weights, log and results, without times."""
+    """What two equal runs have in common: weights, log and results."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     results = json.loads((folder / "results.json").read_text())
     weights = read_safetensors(folder / "best" / "model.safetensors")
     return {
-        "log": [{key: row[key] for key in row if key not in TIMES} for row in rows],
-        "results": {key: results[key] for key in results if key not in TIMES},
+        "log": [{key: row[key] for key in row if key not in MAY_DIFFER} for row in rows],
+        "results": {key: results[key] for key in results if key not in MAY_DIFFER},
         "weights": {name: tensor.numpy().tobytes() for name, tensor in weights.items()},
     }
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from bert import DISTILBERT_CONFIG, Bert, BertConfig, BertForMaskedLM
 from data import Batch, Tokenizer, mask_tokens
 from diffcse import Config, DiffCSEModel, make_optimizer, make_projector, train_step
-from engine.fast import FastCPU, accelerate
+from engine import fast
 from engine.hub import find_model
 from engine.checkpoint import Metrics
 from engine.tokens import TokenizedSentences
@@ -160,32 +160,11 @@ def hf_config(cfg: BertConfig):
 
 
 # ------------------------------------------------------------------------------------------------
-# Operations of engine/fast.py, one by one, and a candidate
+# Operations of engine/fast.py, one by one
 
 
-class OneDNNLinear(torch.autograd.Function):
-    """F.linear in fp32 by oneDNN. On some CPUs it is faster than MKL, which PyTorch uses."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), rows = ctx.saved_tensors, grad.flatten(0, -2)  # (n, out)
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], "")
-        if ctx.needs_input_grad[1]:
-            grad_weight = rows.t() @ x.flatten(0, -2)  # MKL is as fast here
-        if ctx.needs_input_grad[2]:
-            grad_bias = rows.sum(0)
-        return grad_x, grad_weight, grad_bias
-
-
-class Operations(FastCPU):
-    """FastCPU without one function, or with oneDNN's linear as well."""
+class Operations(fast.FastCPU):
+    """FastCPU without one function, or with oneDNN's linear where it is off by default."""
 
     def __init__(self, without: Callable | None = None, linear: bool = False):
         super().__init__()
@@ -194,8 +173,8 @@ class Operations(FastCPU):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is self.without:
             return func(*args, **(kwargs or {}))
-        if func is F.linear and self.linear and not torch.is_autocast_enabled("cpu"):
-            return OneDNNLinear.apply(*args)
+        if func is F.linear and self.linear and fast.is_fp32_on_cpu(*args):
+            return fast.Linear.apply(*args, *[None] * (3 - len(args)))
         return super().__torch_function__(func, types, args, kwargs)
 
 
@@ -203,8 +182,10 @@ OPERATIONS: dict[str, Callable] = {
     "all": Operations,
     "without dropout": partial(Operations, without=F.dropout),
     "without attention": partial(Operations, without=F.scaled_dot_product_attention),
-    "with oneDNN linear": partial(Operations, linear=True),
+    "without linear": partial(Operations, without=F.linear),
+    "with linear": partial(Operations, linear=True),
 }
+del OPERATIONS["with linear" if fast.mkl_is_slow() else "without linear"]  # the same as "all"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -232,7 +213,7 @@ def step_side(
     scaler = torch.amp.GradScaler(device, enabled=amp == "fp16")
     step = partial(train_step, model, make_optimizer(model), scaler, AMPS[amp])
     mode = OPERATIONS.get(side, nullcontext)
-    step = accelerate(step, model, side == "fast on", side == "compiled")
+    step = fast.accelerate(step, model, side == "fast on", side == "compiled")
     draw = itertools.cycle([batch.to(torch.device(device)) for batch in drawn])
 
     def work() -> Tensor:
