@@ -454,7 +454,7 @@ def load_bert(folder: str | Path, mlm: bool = False, dropout: float | None = Non
             raise ModelError(f"{what} is {tensor.dtype} {list(tensor.shape)}")
         parameter.copy_(tensor)  # fp16 and bf16 files become fp32
     tied = hf_name("decoder.weight", family, "")  # most files leave it out
-    if mlm and not torch.equal(tensors.pop(tied, embeddings).float(), embeddings):
+    if mlm and not torch.equal(tensors.get(tied, embeddings).float(), embeddings):
         raise ModelError(f"{folder}: {tied!r} is not tied to the word embeddings")
     model.ignored = sorted(tensors)
     return model.eval()
