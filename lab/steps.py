@@ -23,8 +23,8 @@ from bert import DISTILBERT_CONFIG, Bert, BertConfig, BertForMaskedLM
 from data import Batch, Tokenizer, mask_tokens
 from diffcse import Config, DiffCSEModel, make_optimizer, make_projector, train_step
 from engine import fast
-from engine.hub import find_model
 from engine.checkpoint import Metrics
+from engine.hub import find_model
 from engine.tokens import TokenizedSentences
 
 VOCAB_SIZE = 30_522  # bert-base's

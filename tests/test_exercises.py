@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import diffcse
+from engine import cli
 from engine.tokens import TokenizedSentences
 
 ROOT = Path(__file__).parent.parent
@@ -794,6 +795,12 @@ def test_what_was_seen_is_what_was_measured(experiment, name, field, digits):
     section = text[text.index(f"### {experiment[0]}. ") :]
     section = section.partition("\n### ")[0].partition("\n## ")[0]
     assert f"{mean:.{digits}f} ± {std:.{digits}f}" in section, (mean, std)
+
+
+def test_the_experiments_have_the_demo_s_settings():
+    path = str(ROOT / "exercises/explore.json")
+    saved = cli.load_preset(diffcse.Config, diffcse.PRESETS, path)
+    assert saved == replace(diffcse.PRESETS["demo"], steps=30)
 
 
 def test_no_experiment_took_more_than_five_minutes():
