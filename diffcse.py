@@ -376,9 +376,9 @@ def train_step(
     batch: Batch,
 ) -> Metrics:
     """One update. Without mixed precision, autocast and scaler do nothing."""
+    optimizer.zero_grad(set_to_none=True)  # first, so that the forward pass can use the memory
     with torch.autocast(batch.x.device.type, dtype=amp, enabled=amp is not None):
         loss, metrics = model(batch)
-    optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
     parameters = [p for p in model.parameters() if p.grad is not None]
     distributed.average_gradients(parameters)  # before unscale_, so all processes see an overflow

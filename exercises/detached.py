@@ -1,6 +1,6 @@
 """diffcse.py with h detached before the discriminator: its loss does not train the encoder.
 
-    python exercises/detached.py --config demo --lam 5     # all flags of diffcse.py
+    python exercises/detached.py --config exercises/explore.json --lam 500   # diffcse.py's flags
 
 Experiment 5 of EXERCISES.md, and an example of how to try a change without editing a file: a
 subclass of the model overrides one method.
