@@ -15,9 +15,8 @@ One training step, in the order of this file:
 
 Only the encoder is kept. A sentence embedding is its [CLS], before the projector (appendix A).
 
-Paper: Chuang et al., NAACL 2022; official code: github.com/voidism/DiffCSE. Several GPUs work:
-torchrun --nproc-per-node N diffcse.py ... Not here: gradient accumulation, because in-batch
-negatives and BatchNorm would see a part of the batch only.
+Paper: Chuang et al., NAACL 2022; code: github.com/voidism/DiffCSE. Several GPUs: use torchrun.
+Not here: gradient accumulation (BatchNorm and in-batch negatives would see a part of a batch).
 
 Shapes: B sentences, V views each (files with 2 columns: a pair; with 3: a hard negative too),
 R = B * V rows (row V*i + v is view v of sentence i), T tokens including padding, D hidden size.
@@ -430,7 +429,8 @@ def train(cfg: Config, name: str = "run", model_class: type[DiffCSEModel] = Diff
         scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
         step_fn = partial(train_step, model, optimizer, scaler, amp)
         step_fn = fast.accelerate(step_fn, model, cfg.fast, cfg.compile)
-        embed = partial(encode, encoder, tokenizer, pooling=cfg.pooling, fast=cfg.fast)
+        options = {"pooling": cfg.pooling, "batch_size": 128, "fast": cfg.fast}  # short sentences
+        embed = partial(encode, encoder, tokenizer, **options)
         embed_amp = partial(embed, amp=amp)  # encode() switches to eval mode, and back
 
         run.begin(model, optimizer, scaler, sentences, total)  # --resume: sets run.step

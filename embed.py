@@ -80,7 +80,7 @@ def encode(
     tokenizer: Tokenizer,
     sentences: Sequence[str],
     pooling: str = "cls_before_pooler",
-    batch_size: int = 64,
+    batch_size: int = 32,  # fits a CPU's cache; a GPU likes more
     max_length: int | None = None,
     normalize: bool = False,
     amp: torch.dtype | None = None,
@@ -158,7 +158,7 @@ class DiffCSE:
         return_numpy: bool = False,
         normalize_to_unit: bool = True,
         keepdim: bool = False,
-        batch_size: int = 64,
+        batch_size: int = 32,
         max_length: int | None = None,
     ) -> Tensor | np.ndarray:
         """A CPU tensor. Shapes: str -> (D,), or (1, D) with keepdim; list -> (n, D)."""
@@ -179,13 +179,13 @@ class DiffCSE:
         cosines = self.encode(queries, return_numpy=True) @ vectors.T  # (n, m) or (m,)
         return float(cosines[0]) if isinstance(queries, str) and isinstance(keys, str) else cosines
 
-    def build_index(self, sentences: Lines, use_faiss: bool = False, batch_size: int = 64) -> None:
+    def build_index(self, sentences: Lines, use_faiss: bool = False, batch_size: int = 32) -> None:
         """Encode what search() searches. use_faiss: with faiss.IndexFlatIP, which is exact too."""
         index = Index(self.bert.cfg.hidden_size, use_faiss)
         index.add(*self._encode_lines(sentences, batch_size))
         self.index = index
 
-    def add_to_index(self, sentences: Lines, batch_size: int = 64) -> None:
+    def add_to_index(self, sentences: Lines, batch_size: int = 32) -> None:
         self.index.add(*self._encode_lines(sentences, batch_size))
 
     def _encode_lines(self, sentences: Lines, batch_size: int) -> tuple[list[str], Tensor]:

@@ -34,9 +34,9 @@ def show(cfg, diffcse: dict, simcse: dict) -> None:
 
     sentences = [row[0] for row in read_sentences(find_text(cfg.train_file, cfg.data))]
     print(f"\nNearest of the {len(sentences):,} training sentences, before and after")
-    hits = []
+    hits, dtype = [], "bf16" if diffcse["precision"] == "bfloat16" else "fp32"  # as in training
     for folder in (cfg.model, diffcse["folder"]):
-        model = DiffCSE(folder)
+        model = DiffCSE(folder, dtype=dtype)
         model.build_index(sentences)
         hits.append(model.search(list(QUERIES), threshold=-1, top_k=TOP_K))
     for query, before, after in zip(QUERIES, *hits):

@@ -263,7 +263,7 @@ def compare_sides(measured: dict[str, dict], columns: list[str]) -> None:
 def evaluate_side(model: str, data: str, amp: str) -> Callable[[], float]:
     """STS-B dev, as in training."""
     loaded, score = load_model(model), make_score("dev", data)
-    settings = {"pooling": loaded.pooling, "amp": AMPS[amp]}
+    settings = {"pooling": loaded.pooling, "batch_size": 128, "amp": AMPS[amp]}
     encoder = partial(encode, loaded.bert, loaded.tokenizer, **settings)
     return lambda: score.dev(encoder)["score"]
 
