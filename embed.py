@@ -98,7 +98,7 @@ def encode(
     bar = tqdm(desc="encode", total=len(vectors), leave=False, disable=len(vectors) < 5000 or None)
     bert.eval()
     try:
-        with bar, torch.autocast(bert.device.type, amp, amp is not None), operations(fast):
+        with bar, torch.autocast(bert.device.type, amp, bool(amp)), operations(fast, bert.device):
             for start in range(0, len(sentences), ENCODE_CHUNK_SIZE):
                 ids = tokenizer(sentences[start : start + ENCODE_CHUNK_SIZE], max_length)
                 lengths = torch.tensor([len(row) for row in ids])

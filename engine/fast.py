@@ -1,7 +1,7 @@
 """Faster operations on a CPU, substituted under plain modules.
 
     step = accelerate(step, model)         # F.dropout, attention and F.linear are the ones below
-    with operations(): vectors = bert(ids)
+    with operations(True, ids.device): states = bert(ids, mask)
 
 The modules stay PyTorch's and bert.py's: an edit there is what runs. Without this file training is
 the same but slower, and dropout draws other random numbers. Why these three: PyTorch draws a float
@@ -104,8 +104,8 @@ class FastCPU(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def operations(enabled: bool = True) -> contextlib.AbstractContextManager:
-    return FastCPU() if enabled else contextlib.nullcontext()
+def operations(enabled: bool, device: torch.device) -> contextlib.AbstractContextManager:
+    return FastCPU() if enabled and device.type == "cpu" else contextlib.nullcontext()
 
 
 def accelerate(
@@ -119,7 +119,7 @@ def accelerate(
         print(f"--compile: {reason}; the run continues without", file=sys.stderr)
 
     def fast_step(batch):
-        with operations(enabled):
+        with operations(enabled, batch.x.device):
             return step(batch)
 
     return fast_step

@@ -1,7 +1,7 @@
 """For the teacher: the bugs of fix_it.py as old and new lines, and their symptoms in a log.
 
     python exercises/mends.py lines                        # the old and the new lines
-    python exercises/mends.py symptoms --json FILE --seeds 0,1,2    # six minutes per seed
+    python exercises/mends.py symptoms --json FILE --seeds 0,1,2    # ten minutes per seed
 
 "symptoms" runs the trainer with all bugs fixed, then with each bug alone. Bug 2 is also run with
 another lam and bug 8 with another lr. For each run it also reports what a log does not show: the

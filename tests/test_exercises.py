@@ -747,7 +747,7 @@ def test_each_symptom_shows_with_every_seed(seed):
     assert column(right, "contrastive") != column(other_lam[None], "contrastive")
     shares = [np.mean(column(run, "share_replaced")) for run in (bug[3], right)]
     assert shares[0] - shares[1] > 0.03
-    assert bug[4]["log"][0]["score"] < 71 < 73 < right["log"][0]["score"]
+    assert right["log"][0]["score"] - bug[4]["log"][0]["score"] > 2
     assert min(column(bug[5], "positive_cosine", range(11, 41))) > 0.9999
     assert max(column(right, "positive_cosine")) < 0.6
     little, much = bug[6]["padded_losses"]

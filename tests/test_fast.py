@@ -93,7 +93,7 @@ def test_linear_equals_pytorchs(shape, out, strided, bias, monkeypatch):
     inputs = [x, weight, *[torch.randn(out, requires_grad=True)] * bias]
     results = []
     for enabled in (True, False):
-        with fast.operations(enabled):
+        with fast.operations(enabled, x.device):
             y = F.linear(*inputs)
         assert (y.grad_fn.name() == "LinearBackward") == enabled
         results.append((y, *torch.autograd.grad(y.sin().sum(), inputs)))
@@ -104,7 +104,7 @@ def test_linear_equals_pytorchs(shape, out, strided, bias, monkeypatch):
 def test_linear_leaves_fp64_autocast_and_empty_inputs_to_pytorch(monkeypatch):
     monkeypatch.setattr(fast, "mkl_is_slow", lambda: True)
     x, weight = torch.randn(2, 3, requires_grad=True), torch.randn(4, 3)
-    with fast.operations():
+    with fast.operations(True, x.device):
         assert F.linear(x.double(), weight.double()).grad_fn.name() != "LinearBackward"
         assert F.linear(x[:0], weight).shape == (0, 4)
         with torch.autocast("cpu", torch.bfloat16):
@@ -261,6 +261,7 @@ def test_compile_without_a_compiler_is_one_line_and_the_run_continues(tiny, monk
         fast, "why_not_compile", lambda: "torch.compile needs a C++ compiler (none)"
     )
     model = make_parts("bert", "simcse", tiny, 0.1)
-    assert fast.accelerate(lambda batch: "stepped", model, compile=True)(None) == "stepped"
+    step = fast.accelerate(lambda batch: "stepped", model, compile=True)
+    assert step(make_batch(model, 0)) == "stepped"
     message = "--compile: torch.compile needs a C++ compiler (none); the run continues without\n"
     assert capsys.readouterr().err == message
