@@ -220,8 +220,6 @@ class Batch:
     def shard(self) -> "Batch":
         """This process's part. All parts are equally large; remaining sentences are left out."""
         part = distributed.shard(len(self.x) // self.views)
-        if part.stop == part.start:  # fewer sentences than processes: each takes the first
-            part = slice(0, 1)
         return self.take(slice(part.start * self.views, part.stop * self.views), self.views)
 
     def pad(self, T: int, pad_id: int) -> "Batch":

@@ -117,7 +117,7 @@ class Config:
             ("seed", 0 <= self.seed < 2**63, "at least 0 and below 2^63"),
             ("steps", self.steps is None or self.steps >= 1, "at least 1"),
             ("save_minutes", self.save_minutes >= 0, "0 or larger"),
-            *((name, 0 < getattr(self, name) < np.inf, "positive") for name in positive),
+            *((name, 0 < getattr(self, name) < np.inf, "positive, finite") for name in positive),
             *((name, getattr(self, name) >= 1, "at least 1") for name in at_least_1),
         ]:
             if not valid:
@@ -415,7 +415,7 @@ def make_optimizer(model: DiffCSEModel) -> torch.optim.AdamW:
 
 
 def train(cfg: Config, name: str = "run", model_class: type[DiffCSEModel] = DiffCSEModel) -> dict:
-    """A whole run. Returns the content of results.json; {} if not on the main process."""
+    """A whole run. Returns the content of results.json; the main process's is complete."""
     device, amp = pick_device(cfg.device, cfg.amp)
     with distributed.process_group(device), Run(cfg, name, device, amp) as run:
         torch.manual_seed(cfg.seed)  # projector and head; batches and dropout are seeded by step
@@ -463,7 +463,7 @@ def train(cfg: Config, name: str = "run", model_class: type[DiffCSEModel] = Diff
                 run.exit()
 
         if not distributed.is_main():
-            return {}
+            return {"config": run.name}
         encoder.load_state_dict(load_bert(run.folder / "best").state_dict())
         return run.finish(score.test(embed), score.table)  # writes results.json
 
@@ -471,8 +471,9 @@ def train(cfg: Config, name: str = "run", model_class: type[DiffCSEModel] = Diff
 def main(config_class: type = Config, model_class: type[DiffCSEModel] = DiffCSEModel) -> None:
     name, cfg = cli.parse(config_class, PRESETS)
     results = train(cfg, name, model_class)
-    if name == "demo":
-        simcse = replace(cfg, lam=0.0, out_dir=f"{cfg.out_dir}-simcse" if cfg.out_dir else "")
+    if results["config"] == "demo":
+        out_dir = f"{results.get('folder')}-simcse"
+        simcse = replace(cfg, lam=0.0, resume="", out_dir=out_dir)
         demo.show(cfg, results, train(simcse, "demo-simcse", model_class))
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from bert import ModelError, read_safetensors, write_safetensors
+from bert import read_safetensors, write_safetensors
 from engine.cli import program
 from engine.errors import UserError, atomic_file
 
@@ -87,9 +87,9 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         tensors = read_safetensors(folder / STATE)
         return tensors, json.loads(tensors.pop("run_state").numpy().tobytes())
-    except (KeyError, ValueError) as error:
-        reason = str(error) if isinstance(error, ModelError) else "not a run's state"
-        raise UserError(f"{folder / STATE}: {reason}; delete it to start again") from None
+    except (KeyError, ValueError):
+        reason = "damaged, or not a run's state; delete it to start again"
+        raise UserError(f"{folder / STATE}: {reason}") from None
 
 
 def state_dict(

@@ -20,7 +20,7 @@ TOP_K = 2
 
 def show(cfg, diffcse: dict, simcse: dict) -> None:
     """diffcse, simcse: the results of two runs, whose settings differ in lam alone."""
-    if not diffcse:  # not the main process
+    if "after" not in diffcse:  # not the main process
         return
     rows = {
         "BERT, first-last average": diffcse["before_first_last"],

@@ -96,13 +96,21 @@ def reduce_loss(total: Tensor, count: Tensor | None) -> Tensor:
     return total * world_size() if count is None else total / mean(count)
 
 
+class AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return own_rows(all_reduce_sum(grad))  # what each process's loss says about these rows
+
+
 def all_gather(x: Tensor) -> Tensor:
     """All processes' rows in order, with gradient. Shapes: (R, D) -> (R * processes, D)."""
-    if world_size() == 1:
-        return x
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(all_gather(x))
+    return x if world_size() == 1 else AllGather.apply(x)
 
 
 def shard(size: int) -> slice:

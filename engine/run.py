@@ -116,6 +116,8 @@ class Run:
         count, folder = len(sentences), None
         if count < 2:
             raise UserError(f"{cfg.train_file} has {count} sentences; at least 2 are needed")
+        if min(count, cfg.batch_size) < (processes := distributed.world_size()):
+            raise UserError(f"{processes} processes need as many sentences per step (--batch-size)")
         if count < cfg.batch_size and main:
             note = f"{count} sentences, fewer than --batch-size {cfg.batch_size}; a step uses all"
             print(f"note: {cfg.train_file} has {note}", file=sys.stderr)
@@ -148,7 +150,6 @@ class Run:
             save_state(self.folder, {}, {"name": self.name, "command": self.command})
         self.log_file = self.stack.enter_context(open(self.folder / "log.jsonl", "ab", buffering=0))
         self.log_file.truncate(self.log_size)  # the steps after the last checkpoint are repeated
-        processes = distributed.world_size()
         print(
             f"{self.name}: {count:,} sentences, {total:,} steps of {cfg.batch_size}, "
             f"{self.device.type}{f' x {processes}' * (processes > 1)}, {self.precision}, seed "

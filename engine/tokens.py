@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from bert import ModelError, read_safetensors, write_safetensors
 from data import Tokenizer, read_sentences
+from engine import distributed
 from engine.errors import UserError, atomic_file
 from engine.hub import cache_folder
 
@@ -110,7 +111,9 @@ class TokenizedSentences:
         return (len(self.starts) - 1) // self.columns
 
     def batches_per_epoch(self, batch_size: int) -> int:
-        return -(-len(self) // batch_size)  # rounded up
+        """A last batch is smaller; with fewer sentences than processes it is left out."""
+        batches, rest = divmod(len(self), batch_size)
+        return batches + (rest >= distributed.world_size())
 
     def shuffled(self, seed: int, epoch: int) -> np.ndarray:
         """The rows' order in an epoch, a function of (seed, epoch) alone. Shapes: -> (rows,)."""

@@ -387,7 +387,7 @@ def test_padding_keeps_the_width_and_masks_what_it_adds():
     assert not wide.mask[:, 5:].any() and not wide.selected[:, 5:].any()
 
 
-@pytest.mark.parametrize("sentences, processes, size", [(8, 2, 4), (8, 3, 2), (3, 3, 1), (2, 3, 1)])
+@pytest.mark.parametrize("sentences, processes, size", [(8, 2, 4), (8, 3, 2), (3, 3, 1)])
 def test_processes_have_equal_parts_and_a_remainder_is_left_out(
     monkeypatch, sentences, processes, size
 ):
@@ -399,10 +399,14 @@ def test_processes_have_equal_parts_and_a_remainder_is_left_out(
         parts.append(batch.shard())
     assert all(part.width == 5 and len(part.x) == 2 * size for part in parts)
     together = torch.cat([part.x for part in parts])
-    if sentences < processes:  # each takes the first
-        assert torch.equal(together, batch.x[:2].repeat(processes, 1))
-    else:
-        assert torch.equal(together, batch.x[: 2 * size * processes])
+    assert torch.equal(together, batch.x[: 2 * size * processes])
+
+
+def test_a_last_batch_with_fewer_sentences_than_processes_is_left_out(small, monkeypatch):
+    sentences = TokenizedSentences([("a",)] * 17, small, 32)
+    assert [sentences.batches_per_epoch(size) for size in (4, 8, 16, 17, 64)] == [5, 3, 2, 1, 1]
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    assert [sentences.batches_per_epoch(size) for size in (4, 8, 16, 17, 64)] == [4, 2, 1, 1, 1]
 
 
 def test_padding_does_not_change_a_batch(small):

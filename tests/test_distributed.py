@@ -197,4 +197,3 @@ def test_shards_are_equal_and_a_remainder_is_left_out(monkeypatch):
         x = torch.arange(28).view(14, 2)  # 7 sentences in 2 views
         batch = Batch(x, x.bool(), x, x.bool())
         assert torch.equal(batch.shard().x, x[2 * expected.start : 2 * expected.stop])
-        assert torch.equal(batch.take(slice(0, 4), 2).shard().x, x[:2])  # fewer than processes
