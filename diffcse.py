@@ -472,8 +472,7 @@ def main(config_class: type = Config, model_class: type[DiffCSEModel] = DiffCSEM
     name, cfg = cli.parse(config_class, PRESETS)
     results = train(cfg, name, model_class)
     if results["config"] == "demo":
-        out_dir = f"{results.get('folder')}-simcse"
-        simcse = replace(cfg, lam=0.0, resume="", out_dir=out_dir)
+        simcse = replace(cfg, lam=0.0, resume="", out_dir=f"{results.get('folder')}-simcse")
         demo.show(cfg, results, train(simcse, "demo-simcse", model_class))
 
 
