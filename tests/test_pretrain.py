@@ -511,7 +511,7 @@ def test_only_a_folder_of_this_program_is_overwritten(text, tmp_path, run):
     save_state(out, {}, {"name": "demo"})  # the state of another program
     refused("was not made by lab.pretrain", overwrite=True)
     (out / STATE).write_bytes(b"not a state")
-    refused("cannot be read", overwrite=True)
+    refused("damaged", overwrite=True)
     save_state(out, {}, {"pretrain": {}})
     for changes in ({"vocab": 4000}, {"minutes": 0.000001}):
         refused("is", overwrite=True, **changes)
