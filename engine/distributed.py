@@ -92,8 +92,13 @@ def mean(x: Tensor) -> Tensor:
 
 def reduce_loss(total: Tensor, count: Tensor | None) -> Tensor:
     """A sum over this process's tokens as a loss whose gradient, averaged over processes, is that
-    of the mean over all tokens, or with count None of their sum. Shapes: (), () -> ()."""
-    return total * world_size() if count is None else total / mean(count)
+    of the mean over all tokens (0 without any), or with count None of their sum.
+
+    Shapes: (), () -> ().
+    """
+    if count is not None:
+        total = total / all_reduce_sum(count).clamp_min(1)
+    return total * world_size()
 
 
 class AllGather(torch.autograd.Function):

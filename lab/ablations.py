@@ -65,12 +65,9 @@ def cut(batch: Batch) -> Batch:
 
 
 def mean_of_all(losses: Tensor) -> Tensor:
-    """The mean over the positions of all processes. Shapes: (n,) -> ().
-
-    Each process adds up its own; gradients are averaged over processes, hence world_size.
-    """
-    n = distributed.all_reduce_sum(torch.tensor(len(losses), device=losses.device))
-    return losses.sum() * distributed.world_size() / n.clamp_min(1)
+    """The mean over the positions of all processes. Shapes: (n,) -> ()."""
+    count = torch.tensor(len(losses), device=losses.device)
+    return distributed.reduce_loss(losses.sum(), count)
 
 
 def log_ratio(loss: Tensor, name: str, flags: Tensor) -> Metrics:
