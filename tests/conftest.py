@@ -2,8 +2,10 @@
 
 import os
 import random
+import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -177,3 +179,74 @@ def read_log(folder: Path) -> list[dict]:
     lines = (folder / "log.jsonl").read_text().splitlines()
     rows = [json.loads(line, parse_constant=refuse) for line in lines]
     return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+# ------------------------------------------------------------------------------------------------
+# What several files' tests use
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    """An error's message, which must be one line."""
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+class Finished(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(main, *words): a program in this process, as `python -m` would run it."""
+    from engine.errors import run_main
+
+    def run(main, *words) -> Finished:
+        name = main.__module__.replace(".", "/") + ".py"
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        capsys.readouterr()
+        try:
+            run_main(main)
+        except SystemExit as end:
+            return Finished(end.code or 0, *capsys.readouterr())
+        return Finished(0, *capsys.readouterr())
+
+    return run
+
+
+class Words:
+    """A tokenizer's ids. They differ from BERT's, so that none can be hard-coded."""
+
+    pad_id, cls_id, sep_id, mask_id, unk_id, vocab_size = 1, 2, 3, 4, 5, 60
+    special_ids = [1, 2, 3, 4, 5]
+
+
+def random_pair(family: str, mlm: bool, folder: Path):
+    """A random model of transformers, norms and biases included, and bert.py's of its files.
+
+    float64, without dropout, 2 layers of 32.
+    """
+    import torch
+    import transformers
+
+    import bert
+
+    sizes = {"vocab_size": Words.vocab_size, "pad_token_id": Words.pad_id}
+    sizes |= {"max_position_embeddings": 40, "initializer_range": 0.3}
+    if family == "distilbert":
+        sizes |= {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
+        sizes |= {"dropout": 0, "attention_dropout": 0}
+    else:
+        sizes |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        sizes |= {"intermediate_size": 64}
+        sizes |= {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+    name = bert.FAMILIES[family]
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    theirs = getattr(transformers, name + ("ForMaskedLM" if mlm else "Model"))(config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    theirs.save_pretrained(folder)
+    return theirs.double().eval(), bert.load_bert(folder, mlm=mlm).double()
