@@ -34,6 +34,7 @@ from engine.tokens import TokenizedSentences
 from eval_sts import make_score
 
 FILE = Path(__file__).with_name("fix_it.py")
+KEPT_STEPS = (0, 1, 2, 10, 11, 20, 30, 40)  # of a log, in the JSON
 
 NAMES = {
     1: "cosines multiplied by the temperature",
@@ -152,6 +153,7 @@ def run(
     build = module.build
     module.build = lambda: built.append(build()) or built[-1]  # train() does not return its model
     log = module.train(rows, score, **settings)
+    shares = [line["share_replaced"] for line in log[1:]]
     model, tokenizer = built[0]
     fixed = load_bert(find_model(module.MODEL), mlm=True).state_dict()
     generator = model.generator.state_dict()
@@ -162,8 +164,13 @@ def run(
         "padded_losses": padded_losses(module, model, tokenizer, short),
         "num_batches_tracked": int(model.projector[1].num_batches_tracked),
         "generator_moved": max(float((generator[n] - fixed[n]).abs().max()) for n in fixed),
-        "log": log,
+        "share_replaced": [round(float(np.mean(ten)), 6) for ten in (shares[:10], shares[-10:])],
+        "log": [rounded(line) for line in log if line["step"] in KEPT_STEPS],
     }
+
+
+def rounded(line: dict) -> dict:
+    return {name: round(value, 6) for name, value in line.items()}
 
 
 def symptoms(
@@ -204,10 +211,17 @@ def symptoms(
             found["runs"].append(run(bug, rows, short, score, **settings))
             found["seconds"] = round(time.monotonic() - started, 1)
             if file:
-                write_atomically(file, json.dumps(found, indent=1) + "\n")
+                write_atomically(file, to_json(found))
             lines.append(format_run(found["runs"][-1]))
             print(f"\n{HEADER}\n{lines[-1]}\n", flush=True)
     print("\n".join(lines))
+
+
+def to_json(found: dict) -> str:
+    """A line for each run."""
+    runs = ",\n".join(f"  {json.dumps(run)}" for run in found["runs"])
+    head = json.dumps(found | {"runs": []}, indent=1)
+    return head.replace('"runs": []', f'"runs": [\n{runs}\n ]') + "\n"
 
 
 HEADER = (
@@ -219,10 +233,9 @@ HEADER = (
 
 def format_run(run: dict) -> str:
     """A line of the table: the first and last step; share_replaced: means of ten steps."""
-    log, scores = run["log"][1:], [line["score"] for line in run["log"] if "score" in line]
-    first, last = log[0], log[-1]
-    shares = [np.mean([line["share_replaced"] for line in ten]) for ten in (log[:10], log[-10:])]
-    little, much = run["padded_losses"]
+    scores = [line["score"] for line in run["log"] if "score" in line]
+    first, last = run["log"][1], run["log"][-1]
+    shares, (little, much) = run["share_replaced"], run["padded_losses"]
     return (
         f"{run['bug'] or '-':>3}{run['seed']:>5}{run['lr']:>6g}{run['lam']:>5g}"
         f"{first['contrastive']:>14.6f}{last['contrastive']:>11.6f}"
