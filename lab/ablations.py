@@ -4,7 +4,7 @@
     python -m lab.ablations --config small --edit-with insert               # Table 4
     python -m lab.ablations --config small --edit-as negative --lam 1       # Table 15
 
-With its defaults this is `python diffcse.py`. Each loss is a function (model, h, batch) -> loss,
+Without flags it trains as diffcse.py does. Each loss is a function (model, h, batch) -> loss,
 metrics, called where diffcse.py calls difference_loss:
 
     masked_loss, corrected_loss                     what the discriminator predicts (Table 3)
@@ -15,7 +15,7 @@ None of their code was published; where the paper is silent, the docstring names
 are the paper's, bert-base, STS-B dev / average transfer dev. DiffCSE has 84.56 / 85.95, SimCSE
 81.47 / 83.91, SimCSE with BatchNorm 82.22 / 85.66.
 Shapes: as in diffcse.py; n positions, W words of the vocabulary.
-Not here: ablations without code of their own. --no-contrastive has 54.48 / 83.46 (Table 3);
+Not here: ablations by flags of diffcse.py. --no-contrastive has 54.48 / 83.46 (Table 3);
 --projector is Table 5, --generator 6, --mask-ratio 7, --lam 8.
 """
 
@@ -30,8 +30,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from bert import Bert, MLMHead, load_bert
-from data import Batch, Tokenizer
+from bert import MLMHead, load_bert
+from data import Batch
 from diffcse import (
     Config,
     DiffCSEModel,
@@ -42,9 +42,9 @@ from diffcse import (
     main,
     replaced_token_loss,
 )
-from engine import cli, distributed, hub
-from engine.errors import UserError, run_main
+from engine import distributed, hub
 from engine.checkpoint import Metrics
+from engine.errors import UserError, run_main
 from engine.tokens import TokenizedSentences
 from lab.running_text import read_running_text, read_with_next
 
@@ -55,13 +55,8 @@ Edit = tuple[Tensor, Tensor, Tensor]  # x_edited (R, T'') ids, changed (R, T'') 
 def edited_rows(model: "AblationModel", h: Tensor, batch: Batch) -> tuple[Tensor, Batch]:
     """The rows whose edit the discriminator reads."""
     if model.cfg.views == "first":
-        h, batch = h[:: batch.views], batch.first_views()
-    return h, cut(batch)
-
-
-def cut(batch: Batch) -> Batch:
-    """Without the columns that give a GPU's batches one static shape."""
-    return Batch(*(t[:, : batch.width] for t in batch.tensors()), batch.views)
+        return h[:: batch.views], batch.first_views()
+    return h, batch
 
 
 def mean_of_all(losses: Tensor) -> Tensor:
@@ -109,15 +104,12 @@ def corrected_loss(model: "AblationModel", h: Tensor, batch: Batch) -> Loss:
     x_edited, replaced = edit_sentences(model.generator, batch, model.tokenizer, model.cfg)
     states = model.discriminator(x_edited, batch.mask, cls_vector=h)  # (R, T, D)
     detection = model.head(states)  # (R, T, 2)
-    pads_in_loss, reduction = model.cfg.pads_in_loss, model.cfg.reduction
-    detection_loss, metrics = replaced_token_loss(
-        detection, replaced, batch.mask, pads_in_loss, reduction
-    )
+    settings = model.cfg.pads_in_loss, model.cfg.reduction
+    detection_loss, metrics = replaced_token_loss(detection, replaced, batch.mask, *settings)
     logits = model.mlm_head(states[selected], model.discriminator.embeddings.word.weight)  # (n, W)
     log_token = at_least_fp32(logits).log_softmax(-1).gather(1, target[:, None]).squeeze(1)  # (n,)
-    log_original, log_replaced = (  # (n,), (n,)
-        at_least_fp32(detection.detach()[selected]).log_softmax(-1).unbind(-1)
-    )
+    log_detection = at_least_fp32(detection.detach()[selected]).log_softmax(-1)  # (n, 2)
+    log_original, log_replaced = log_detection.unbind(-1)
     log_drawn = log_replaced + log_token
     log_copied_or_drawn = torch.logaddexp(log_original, log_drawn)
     log_p = torch.where(x_edited[selected] == target, log_copied_or_drawn, log_drawn)
@@ -161,7 +153,7 @@ def delete(model: "AblationModel", batch: Batch) -> Edit:
     x, mask = batch.x, batch.mask
     deleted = random_subset(inner(mask), random_count(mask.sum(1) - 2, model.cfg.mask_ratio))
     follows = F.pad(deleted, (1, -1))  # (R, T): the token before was deleted
-    order = (deleted | ~mask).byte().argsort(dim=1, stable=True)  # (R, T): remaining tokens first
+    order = deleted.byte().argsort(dim=1, stable=True)  # (R, T): deleted tokens last
     mask_edited = (mask & ~deleted).gather(1, order)
     return x.gather(1, order) * mask_edited, follows.gather(1, order) & mask_edited, mask_edited
 
@@ -201,9 +193,7 @@ def difference_loss(model: "AblationModel", h: Tensor, batch: Batch, edit: Calla
     return replaced_token_loss(logits, changed, mask, cfg.pads_in_loss, cfg.reduction)
 
 
-def compare(
-    model: "AblationModel", h: Tensor, batch: Batch, edit: Callable
-) -> tuple[Tensor, Tensor, Tensor]:
+def compare(model: "AblationModel", h: Tensor, batch: Batch, edit: Callable) -> tuple[Tensor, ...]:
     """Logits of first views with second views, and of first views with edits (of first views).
 
     Encoder and projector see the edits in a pass of their own, so BatchNorm's statistics are those
@@ -211,16 +201,13 @@ def compare(
     sentences of this process, B of all.
     """
     views, temperature = batch.views, model.cfg.temperature
-    x_edited, _, mask = edit(model, cut(batch.first_views()))
+    x_edited, _, mask = edit(model, batch.first_views())
     cls = distributed.all_gather(model.encoder(x_edited, mask, cls_only=True)[:, 0])  # (B, D)
     B = len(cls)
     h_edited = model.projector(cls if B > 1 else cls.repeat(2, 1))[:B]  # BatchNorm needs two rows
-    h_second = distributed.all_gather(h[1::views])
+    rows = h[::views], distributed.all_gather(h[1::views]), h_edited
     with torch.autocast(h.device.type, enabled=False):  # as in contrastive_loss
-        first, second, edits = (
-            F.normalize(at_least_fp32(t), dim=-1, eps=1e-8)
-            for t in (h[::views], h_second, h_edited)
-        )
+        first, second, edits = (F.normalize(at_least_fp32(t), dim=-1, eps=1e-8) for t in rows)
         own = distributed.own_rows(torch.arange(B, device=h.device))
         return first @ second.T / temperature, first @ edits.T / temperature, own
 
@@ -279,33 +266,19 @@ class AblationConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         edit = self.edit_with, self.edit_as
-        flags = "--objective, --condition-on, --edit-with and --edit-as"
-        for name, valid, expected in [
-            ("lam", self.lam > 0 or not self.is_ablation, f"larger than 0 with {flags}"),
-            (
-                "condition_on",
-                self.condition_on == "same" or self.text == "paragraphs",
-                "same without --text paragraphs, which provides next sentences",
-            ),
-            (
-                "objective",
-                self.objective == "replaced" or edit == ("replace", "difference"),
-                "replaced with --edit-with or --edit-as",
-            ),
-        ]:
-            if not valid:
-                raise UserError(f"{cli.flag(name)} is {getattr(self, name)}; it must be {expected}")
+        if self.lam == 0 and self.is_ablation:
+            flags = "--objective, --condition-on, --edit-with and --edit-as"
+            raise UserError(f"--lam is 0; it must be larger than 0 with {flags}")
+        if self.condition_on != "same" and self.text != "paragraphs":
+            choice = f"--condition-on {self.condition_on}"
+            raise UserError(f"{choice} needs --text paragraphs, which provides next sentences")
+        if self.objective != "replaced" and edit != ("replace", "difference"):
+            raise UserError(f"--objective {self.objective} excludes --edit-with and --edit-as")
 
     @property
     def is_ablation(self) -> bool:
         choices = self.objective, self.condition_on, self.edit_with, self.edit_as
         return choices != ("replaced", "same", "replace", "difference")
-
-    @property
-    def max_edited_length(self) -> int:
-        """Tokens per edited sentence."""
-        inserted = math.ceil(self.mask_ratio * (self.max_length - 2))
-        return self.max_length + inserted * (insert in EDITS[self.edit_with])
 
 
 @dataclass
@@ -318,18 +291,11 @@ class BatchWithNext(Batch):
 class AblationModel(DiffCSEModel):
     """DiffCSEModel with another difference_loss, the heads that it needs, and running text."""
 
-    def __init__(
-        self,
-        cfg: AblationConfig,
-        tokenizer: Tokenizer,
-        encoder: Bert,
-        *models: nn.Module | None,  # generator, discriminator
-        mlm_head: MLMHead | None = None,
-    ):
-        super().__init__(cfg, tokenizer, encoder, *models)
+    def __init__(self, cfg: AblationConfig, *parts, mlm_head: MLMHead | None = None):
+        super().__init__(cfg, *parts)  # tokenizer, encoder, generator, discriminator
         self.mlm_head = mlm_head
         if self.discriminator is not None:
-            D, edits = encoder.cfg.hidden_size, EDITS[cfg.edit_with]
+            D, edits = self.encoder.cfg.hidden_size, EDITS[cfg.edit_with]
             heads = {edit.__name__: nn.Linear(D, 2) for edit in edits if edit is not replace}
             self.heads = nn.ModuleDict(heads)
             if cfg.objective == "masked" or replace not in edits:
@@ -349,12 +315,13 @@ class AblationModel(DiffCSEModel):
         generator = discriminator = mlm_head = None
         if cfg.objective != "masked" and cfg.edit_with != "delete":
             generator = load_generator(cfg, tokenizer)
-        for name, model in ((cfg.model, encoder), (cfg.generator, generator)):
-            if model is not None and cfg.max_edited_length > model.max_length:
+        if insert in EDITS[cfg.edit_with]:
+            T = cfg.max_length + math.ceil(cfg.mask_ratio * (cfg.max_length - 2))
+            limit = min(encoder.max_length, generator.max_length)
+            if T > limit:
                 raise UserError(
-                    f"--max-length is {cfg.max_length}, with inserted tokens "
-                    f"{cfg.max_edited_length}, but {name} has position embeddings for "
-                    f"{model.max_length} tokens"
+                    f"--max-length is {cfg.max_length}, with inserted tokens {T}, but --model or "
+                    f"--generator has {limit} positions"
                 )
         if cfg.objective != "replaced":
             mlm = load_bert(folder, mlm=True, dropout=cfg.dropout)
@@ -368,17 +335,21 @@ class AblationModel(DiffCSEModel):
         if cfg.text == "sentences":
             return super().load_sentences()
         path = hub.find_text(cfg.train_file, cfg.data)
-        reader, views = (
-            (read_running_text, 2) if cfg.condition_on == "same" else (read_with_next, 4)
-        )
-        return TokenizedSentences(path, self.tokenizer, cfg.max_length, reader=reader, views=views)
+        reader, views = read_running_text, 2
+        if cfg.condition_on != "same":
+            reader, views = read_with_next, 4
+        return TokenizedSentences(path, self.tokenizer, cfg.max_length, reader, views)
 
     def forward(self, batch: Batch) -> Loss:
         """With next sentences, rows alternate: a sentence, its next one, and both once more."""
+        if not self.cfg.is_ablation:
+            return super().forward(batch)
+        # Ablations have shapes of their own: the columns of a GPU's static shape are left out.
+        batch = Batch(*(t[:, : batch.width] for t in batch.tensors()), batch.views)
         if self.cfg.condition_on == "same":
             return super().forward(batch)
         own, following = (batch.take(slice(i, None, 2), 2) for i in (0, 1))
-        return super().forward(BatchWithNext(*own.tensors(), 2, own.width, following))
+        return super().forward(BatchWithNext(*own.tensors(), following=following))
 
     def difference_loss(self, h: Tensor, batch: Batch) -> Loss:
         """The mean of the losses, so that lam keeps its meaning; counts are added.

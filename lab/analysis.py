@@ -27,7 +27,7 @@ from engine.cli import Parser, add_model_flags, positive_int
 from engine.errors import UserError, run_main, write_atomically
 from engine.hub import find_senteval
 from eval_sts import Encoder, Pairs, load_encoders, load_set
-from lab.plots import figure, load_pyplot, save
+from lab import plots
 
 QUERIES = ("you can do it , too .", "this is not a problem .", "i think that is not a bad idea .")
 ASKUBUNTU_URL = "https://github.com/taolei87/askubuntu"
@@ -36,10 +36,13 @@ ASKUBUNTU_URL = "https://github.com/taolei87/askubuntu"
 # Measures. u, v: (P, D) unit vectors of the left and right sentences
 
 
-def neighbours(query: np.ndarray, corpus: np.ndarray, k: int) -> list[tuple[int, float]]:
-    """The k most similar rows and their cosines, best first. Shapes: (D,), (n, D)."""
-    cosines = corpus @ query
-    return [(int(i), float(cosines[i])) for i in np.argsort(-cosines, kind="stable")[:k]]
+def nearest(
+    query: str, corpus: list[str], vectors: dict[str, np.ndarray], k: int
+) -> list[tuple[str, float]]:
+    """The k most similar sentences, without the query itself, and their cosines, best first."""
+    others = [sentence for sentence in corpus if sentence != query]
+    cosines = np.stack([vectors[sentence] for sentence in others]) @ vectors[query]
+    return [(others[i], float(cosines[i])) for i in np.argsort(-cosines, kind="stable")[:k]]
 
 
 def recall(u: np.ndarray, v: np.ndarray, ratings: np.ndarray, ks=(1, 5, 10)) -> dict[str, float]:
@@ -148,10 +151,10 @@ def join(numbers: dict[str, float], digits: int = 2) -> str:
 def run_neighbours(encoder: Encoder, pairs: Pairs, args: argparse.Namespace) -> tuple[dict, str]:
     queries, text, found = args.query or QUERIES, "", {}
     vectors = vectors_of(encoder, [*pairs[0], *pairs[1], *queries])
+    corpus = list(dict.fromkeys(pairs[0] + pairs[1]))
     for query in queries:
-        corpus = [s for s in dict.fromkeys(pairs[0] + pairs[1]) if s != query]
-        best = neighbours(vectors[query], np.stack([vectors[s] for s in corpus]), args.top_k)
-        found[query] = [(corpus[i], round(cosine, 4)) for i, cosine in best]
+        best = nearest(query, corpus, vectors, args.top_k)
+        found[query] = [(sentence, round(cosine, 4)) for sentence, cosine in best]
         text += f"\n{query}" + "".join(f"\n    {cosine:.2f}  {s}" for s, cosine in found[query])
     return found, text
 
@@ -173,10 +176,11 @@ def run_uniformity(encoder: Encoder, pairs: Pairs, args: argparse.Namespace) -> 
 def run_cosines(encoder: Encoder, pairs: Pairs, args: argparse.Namespace) -> tuple[dict, str]:
     u, v, ratings = encode_pairs(encoder, pairs)
     cosines, numbers, text = (u * v).sum(1), {}, []
-    for low in range(5):
-        c = cosines[group(ratings) == low]
-        numbers[f"{low}-{low + 1}"] = {"pairs": len(c), "mean": c.mean(), "std": c.std()}
-        text.append(f"rated {low}-{low + 1}: {c.mean():.2f} ± {c.std():.2f}")
+    groups, names = plots.group_ratings(ratings)
+    for i, name in enumerate(names):
+        c = cosines[groups == i]
+        numbers[name] = {"pairs": len(c), "mean": c.mean(), "std": c.std()}
+        text.append(f"rated {name}: {c.mean():.2f} ± {c.std():.2f}")
     args.drawn.append((cosines, ratings))
     return numbers, ", ".join(text)
 
@@ -188,48 +192,11 @@ def run_askubuntu(encoder: Encoder, rows: list, args: argparse.Namespace) -> tup
     )
     scores = []
     for query, candidates, positive in rows:
-        corpus = np.stack([vectors[candidate] for candidate in candidates])
-        order = neighbours(vectors[query], corpus, len(candidates))
-        scores.append(rank_scores([positive[i] for i, _ in order]))
+        cosines = np.stack([vectors[candidate] for candidate in candidates]) @ vectors[query]
+        order = np.argsort(-cosines, kind="stable")
+        scores.append(rank_scores([positive[i] for i in order]))
     numbers = {name: float(np.mean([row[name] for row in scores])) for name in scores[0]}
     return numbers, f"{join(numbers)} ({len(rows)} queries)"
-
-
-def group(ratings: np.ndarray) -> np.ndarray:
-    """0 to 4 for ratings 0-1 to 4-5; one between two groups is in the upper. Shapes: (P,)."""
-    return np.minimum(ratings, 4).astype(int)
-
-
-def draw(command: str, titles: list[str], drawn: list[tuple], out: str) -> None:
-    """A panel for each model, of cosines (P,) and ratings (P,).
-
-    distribution: density of the cosine in each group of ratings. ratings: a point for each pair.
-    """
-    fig, axes = figure(columns=len(drawn), height=2.8)
-    edges = np.linspace(min(cosines.min() for cosines, _ in drawn), 1, 31)
-    middles, densities = (edges[1:] + edges[:-1]) / 2, []
-    for cosines, ratings in drawn:
-        groups = [cosines[group(ratings) == low] for low in range(5)]
-        densities.append([np.histogram(c, edges)[0] / max(1, len(c)) for c in groups])
-    axes = np.atleast_1d(axes)
-    for axis, title, (cosines, ratings), density in zip(axes, titles, drawn, densities):
-        axis.grid(axis="y", visible=False)
-        if command == "ratings":
-            axis.scatter(cosines, ratings, s=3, color="black", alpha=0.25, linewidths=0)
-        else:
-            for low in range(5):
-                height = low + 1.2 * density[low] / np.max(densities)  # may overlap the row above
-                style = {"color": "black", "zorder": 9 - low}
-                axis.fill_between(middles, low, height, color="0.75", lw=0, zorder=9 - low)
-                axis.plot(middles, height, lw=0.8, **style)
-                if (c := cosines[group(ratings) == low]).size:
-                    axis.plot([np.median(c)] * 2, [low, low + 0.2], lw=1.5, **style)
-            axis.set_yticks(range(5), [f"{low}-{low + 1}" for low in range(5)])
-        axis.set_xlabel("cosine similarity")
-        axis.set_ylabel("human rating")
-        axis.set_title(title, fontsize=8)
-        axis.label_outer()
-    save(fig, out)
 
 
 COMMANDS = {
@@ -240,7 +207,7 @@ COMMANDS = {
     "ratings": (run_cosines, "human rating against cosine, a point for each pair"),
     "askubuntu": (run_askubuntu, "duplicates among 20 candidate questions: MAP, MRR, P@1, P@5"),
 }
-PLOTS = ("distribution", "ratings")
+PLOTS = {"distribution": plots.plot_ridges, "ratings": plots.plot_ratings}
 
 
 def parse_args() -> argparse.Namespace:
@@ -274,7 +241,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if args.command in PLOTS:
-        load_pyplot()  # is matplotlib installed?
+        plots.load_pyplot()  # is matplotlib installed?
     if args.command == "askubuntu":
         data = read_askubuntu(Path(args.data).expanduser(), args.split)
     else:
@@ -286,7 +253,8 @@ def main() -> None:
         titles.append(Path(name).name + f"\n{pooling}" * (len(args.pooler) > 1))
         reports.append({"model": name, "pooler": pooling, "command": args.command, **numbers})
     if args.command in PLOTS:
-        draw(args.command, args.labels or titles, args.drawn, args.out)
+        panels = [(title, *drawn) for title, drawn in zip(args.labels or titles, args.drawn)]
+        plots.save(PLOTS[args.command](panels), args.out)
     if args.json:
         write_atomically(args.json, "".join(json.dumps(report) + "\n" for report in reports))
 

@@ -1,34 +1,39 @@
-"""Kill a training run at random moments and resume it: it must end as an undisturbed run does.
+"""Two long tests of a training run: kill it at random moments, or watch its memory for an hour.
 
     python -m lab.crash [--kills 50] [--json FILE]
+    python -m lab.crash --soak 60 [--json FILE]
 
-Each round kills a run with SIGKILL at a random moment, resumes it, perhaps kills it again, and lets
-it end. Weights, log and scores must equal the undisturbed run's bit for bit, except for times. The
-run saves its state at every step, so that many kills hit a write.
+A killed run (SIGKILL) is resumed, perhaps killed again, and ends. Its weights, log and scores must
+equal an undisturbed run's bit for bit, except for times. The run saves its state at every step, so
+that many kills hit a write.
+
+--soak MINUTES: every 30 seconds the resident memory and the open files of an endless run are read
+from Linux's /proc. At the end the run gets SIGTERM, as from the time limit of a queue, so its exit
+code should be 143. What is printed is for people to judge: no limit is checked.
 """
 
 import itertools
 import json
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
+from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from bert import read_safetensors
 from data import read_lines
+from engine.checkpoint import STATE
 from engine.cli import Parser, positive_int
 from engine.errors import run_main, write_atomically
-from engine.checkpoint import STATE
 
 ROOT = Path(__file__).parent.parent
 MAY_DIFFER = ("seconds", "sentences_per_second", "minutes", "command", "folder")
 
 
-def make(folder: Path) -> list[str]:
+def make_flags(folder: Path) -> list[str]:
     """Flags of a small run on a part of the demo's sentences and pairs."""
     sources = {"text.txt": "wikipedia_20k.txt.xz", "pairs.tsv": "sts_captions_dev.tsv"}
     for name, source in sources.items():
@@ -41,14 +46,12 @@ def make(folder: Path) -> list[str]:
 
 def start(*flags: str) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "diffcse.py"), *flags]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, cwd=ROOT, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
 def finish(process: subprocess.Popen) -> None:
-    error = process.communicate()[1]
-    if process.returncode:
-        raise SystemExit(f"a run ended with {process.returncode}: {error}")
+    if code := process.wait():
+        raise SystemExit(f"a run ended with exit code {code}; its error is on stderr")
 
 
 def outcome(folder: Path) -> dict:
@@ -63,59 +66,77 @@ def outcome(folder: Path) -> dict:
     }
 
 
-def run_with_kills(out: Path, flags: list[str], life: float, moments, most: int) -> list[dict]:
-    """One run that is killed at most that often, and ends. Returns what each kill met."""
+def run_with_kills(out: Path, flags: list[str], life: float, rng, most: int) -> Counter:
+    """One run that is killed at most that often, and ends. Counts what the kills met."""
     shutil.rmtree(out, ignore_errors=True)
-    begin, kills = [*flags, "--out-dir", str(out)], []
-    command = begin
+    counts, command = Counter(), [*flags, "--out-dir", str(out)]
     while True:
         process = start(*command)
-        if len(kills) == most or (command is not begin and moments.random() < 0.4):
-            break
-        time.sleep(moments.uniform(0, life))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        if process.returncode == 0:  # it ended first
-            break
-        files = {file.name for file in out.rglob("*")} if out.is_dir() else set()
-        kills.append(
-            {
-                "in_a_write": any(name.endswith(".tmp") for name in files),
-                "had_a_state": STATE in files,
-                "had_a_best": "best" in files,
-            }
-        )
+        if counts["kills"] == most or ("--resume" in command and rng.random() < 0.4):
+            finish(process)
+            return counts
+        time.sleep(rng.uniform(0, life))
+        process.kill()
+        if process.wait() == 0:  # it ended first
+            return counts
+        files = {file.name for file in out.rglob("*")}
+        counts["kills"] += 1
+        counts["in_a_write"] += any(name.endswith(".tmp") for name in files)
+        counts["had_a_state"] += STATE in files
         if "results.json" in files:  # it was about to exit
-            break
-        command = ["--resume", str(out)] if "config.json" in files else begin
-    if process.poll() is None:
-        finish(process)
-    return kills
+            return counts
+        if "config.json" in files:
+            command = ["--resume", str(out)]
+
+
+def kill(kills: int, folder: Path) -> dict:
+    """Raises: SystemExit if a run did not end as the undisturbed one."""
+    rng, out, counts = random.Random(0), folder / "run", Counter()
+    flags, started = make_flags(folder), time.monotonic()
+    finish(start(*flags, "--out-dir", str(folder / "undisturbed")))
+    life, expected = time.monotonic() - started, outcome(folder / "undisturbed")
+    while counts["kills"] < kills:
+        counts.update(run_with_kills(out, flags, life, rng, kills - counts["kills"]))
+        ended = outcome(out)
+        if wrong := [part for part in expected if ended[part] != expected[part]]:
+            kept = shutil.copytree(out, "crashed")
+            raise SystemExit(f"after kill {counts['kills']} other {', '.join(wrong)}: {kept}")
+        print(f"{counts['kills']} kills, the end is the same", file=sys.stderr)
+    return dict(counts) | {"all_ends_equal": True}
+
+
+def look(pid: int) -> dict[str, int]:
+    """Resident memory in MB, and the number of open files."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    resident = next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))
+    return {"MB": int(resident) // 1024, "files": len(list(Path(f"/proc/{pid}/fd").iterdir()))}
+
+
+def soak(minutes: int, folder: Path) -> dict:
+    steps = ["--steps", "1000000000", "--eval-every", "200", "--save-minutes", "1"]
+    process = start("--config", "demo", *steps, "--out-dir", str(folder / "run"))
+    rows = []
+    for half_minute in range(1, 2 * minutes + 1):
+        time.sleep(30)
+        if process.poll() is not None:
+            raise SystemExit(f"the run ended early, with exit code {process.returncode}")
+        rows.append({"minute": half_minute / 2} | look(process.pid))
+    process.terminate()
+    most = max(row["MB"] for row in rows)
+    return {"exit_code": process.wait(), "most_MB": most, "end": rows[-1], "seen": rows[::10]}
 
 
 def main() -> None:
     parser = Parser(prog="python -m lab.crash", description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=positive_int, default=50, help="(default: 50)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser.add_argument("--soak", type=positive_int, metavar="MINUTES", help="watch instead")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    moments, started, kills = random.Random(args.seed), time.monotonic(), []
-    with tempfile.TemporaryDirectory() as temporary:
-        folder, out = Path(temporary), Path(temporary, "run")
-        flags = make(folder)
-        finish(start(*flags, "--out-dir", str(folder / "undisturbed")))
-        life, expected = time.monotonic() - started, outcome(folder / "undisturbed")
-        while len(kills) < args.kills:
-            kills += run_with_kills(out, flags, life, moments, args.kills - len(kills))
-            ended = outcome(out)
-            if wrong := [part for part in expected if ended[part] != expected[part]]:
-                kept = shutil.copytree(out, "crashed")
-                raise SystemExit(f"after kill {len(kills)} other {', '.join(wrong)}: {kept}")
-            print(f"{len(kills)} kills, the end is the same", flush=True)
-    counts = {name: sum(kill[name] for kill in kills) for name in kills[0]}
-    result = {"kills": len(kills), **counts, "all_ends_equal": True}
+    started = time.monotonic()
+    with TemporaryDirectory() as folder:
+        test, size = (soak, args.soak) if args.soak else (kill, args.kills)
+        result = test(size, Path(folder))
     result["minutes"] = round((time.monotonic() - started) / 60, 1)
-    result["seconds_of_an_undisturbed_run"] = round(life, 1)
     print(json.dumps(result))
     if args.json:
         write_atomically(args.json, json.dumps(result, indent=2) + "\n")

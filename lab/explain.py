@@ -11,11 +11,9 @@ Not here: the ablations' steps, hard negatives, mixed precision, GPUs.
 
 import math
 import textwrap
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,9 +33,10 @@ from diffcse import (
     replaced_token_loss,
 )
 from engine import cli, fast
-from engine.errors import UserError, run_main
 from engine.checkpoint import load_state, load_state_dict
+from engine.errors import UserError, run_main
 from engine.tokens import TokenizedSentences
+from lab.tables import format_table
 
 OTHERS = (
     "A dog is chasing a ball in the park .",
@@ -48,11 +47,6 @@ OTHERS = (
     "Prices rose by two percent last year .",
     "A kitten lay on the rug .",
 )
-WIDTH = 100  # columns of text
-
-
-# ------------------------------------------------------------------------------------------------
-# The step
 
 
 def load_model(cfg: Config) -> tuple[DiffCSEModel, int]:
@@ -76,64 +70,8 @@ class InOrder(TokenizedSentences):
         return np.arange(len(self))
 
 
-class Difference(NamedTuple):
-    """The discriminator's part of a step, of the edited rows."""
-
-    batch: Batch
-    x_edited: Tensor  # (R, T)
-    replaced: Tensor  # (R, T) bool
-    logits: Tensor  # (R, T, 2)
-    logits_without: Tensor  # (R, T, 2), without h
-    loss: float
-    loss_without: float
-
-
-class Step(NamedTuple):
-    cosines: Tensor  # (B,) of the sentence's first view with all second views
-    contrastive: float
-    difference: Difference | None  # None: SimCSE
-
-
-@torch.no_grad()
-def compute_step(model: DiffCSEModel, batch: Batch) -> Step:
-    """DiffCSEModel.forward, with its intermediate results."""
-    cfg = model.cfg
-    h = model.projector(model.encoder(batch.x, batch.mask, cls_only=True)[:, 0])  # (R, D)
-    contrastive, _ = contrastive_loss(h.unflatten(0, (-1, batch.views)), cfg.temperature)
-    cosines = F.cosine_similarity(h[:1], h[1 :: batch.views])  # (B,)
-    if cfg.lam == 0:
-        return Step(cosines, contrastive.item(), None)
-    if cfg.views == "first":
-        h, batch = h[:: batch.views], batch.first_views()
-    x_edited, replaced = edit_sentences(model.generator, batch, model.tokenizer, cfg)
-    before = torch.get_rng_state()
-    logits = model.head(model.discriminator(x_edited, batch.mask, cls_vector=h))
-    torch.set_rng_state(before)  # the same dropout again
-    logits_without = model.head(model.discriminator(x_edited, batch.mask))
-    losses = [
-        replaced_token_loss(each, replaced, batch.mask, cfg.pads_in_loss, cfg.reduction)[0].item()
-        for each in (logits, logits_without)
-    ]
-    difference = Difference(batch, x_edited, replaced, logits, logits_without, *losses)
-    return Step(cosines, contrastive.item(), difference)
-
-
-# ------------------------------------------------------------------------------------------------
-# The text
-
-
-def columns(head: list[str], rows: Iterable[list[str]], sides: str) -> str:
-    """A text table. sides: "<" or ">" for each column, the alignment of its cells."""
-    table = [head, *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-    lines = (zip(row, sides, widths) for row in table)
-    return "\n".join(
-        "  ".join(f"{cell:{side}{width}}" for cell, side, width in line).rstrip() for line in lines
-    )
-
-
 def wrapped(text: str) -> str:
-    lines = textwrap.wrap(text, WIDTH, replace_whitespace=False, break_on_hyphens=False)
+    lines = textwrap.wrap(text, 100, replace_whitespace=False, break_on_hyphens=False)
     return "\n".join(lines)
 
 
@@ -155,11 +93,14 @@ def describe_sentence(sentence: str, tokenizer: Tokenizer, ids: Tensor, max_leng
     return "\n".join(lines)
 
 
-def describe_contrastive(step: Step, texts: list[str], temperature: float) -> str:
-    logits = step.cosines / temperature
+def describe_contrastive(h: Tensor, texts: list[str], temperature: float) -> tuple[str, float]:
+    """The text and the loss. Shapes: h (B, 2, D)."""
+    loss = contrastive_loss(h, temperature)[0].item()
+    cosines = F.cosine_similarity(h[:1, 0], h[:, 1])  # (B,): the first view, all second views
+    logits = cosines / temperature
     rows = []
-    for i, (cosine, logit, p) in enumerate(zip(step.cosines, logits, logits.softmax(0))):
-        text = textwrap.shorten(texts[i], 60, placeholder=" ...") + "   <- its own" * (i == 0)
+    for text, cosine, logit, p in zip(texts, cosines, logits, logits.softmax(0)):
+        text = textwrap.shorten(text, 60, placeholder=" ...") + "   <- its own" * (not rows)
         rows.append([f"{cosine:.3f}", f"{logit:.2f}", f"{100 * p:.2f} %", text])
     head = ["cosine", f"/ {temperature:g}", "softmax", "the second view of"]
     own, B = -logits.log_softmax(0)[0].item(), len(texts)
@@ -170,47 +111,73 @@ def describe_contrastive(step: Step, texts: list[str], temperature: float) -> st
     )
     after = wrapped(
         f"-log of the probability of its own is {own:.4f}. The mean over all {B} sentences is the "
-        f"contrastive loss: {step.contrastive:.4f} (guessing: log {B} = {math.log(B):.4f})."
+        f"contrastive loss: {loss:.4f} (guessing: log {B} = {math.log(B):.4f})."
     )
-    return f"{before}\n\n{columns(head, rows, '>>><')}\n\n{after}"
+    return f"{before}\n\n{format_table(head, rows)}\n\n{after}", loss
 
 
-def describe_difference(step: Difference, tokenizer: Tokenizer, cfg: Config, new: bool) -> str:
-    batch, word = step.batch, partial(token, tokenizer)
-    losses = F.cross_entropy(step.logits[0], step.replaced[0].long(), reduction="none")  # (T,)
+def describe_difference(model: DiffCSEModel, h: Tensor, batch: Batch) -> tuple[list[str], float]:
+    """Paragraphs about DiffCSEModel.difference_loss, and the loss. Shapes: h (R, D)."""
+    cfg, word = model.cfg, partial(token, model.tokenizer)
+    if cfg.views == "first":
+        h, batch = h[:: batch.views], batch.first_views()
+    x_edited, replaced = edit_sentences(model.generator, batch, model.tokenizer, cfg)
+    rng_state = torch.get_rng_state()
+    logits = model.head(model.discriminator(x_edited, batch.mask, cls_vector=h))  # (R, T, 2)
+    torch.set_rng_state(rng_state)  # the same dropout again
+    logits_without = model.head(model.discriminator(x_edited, batch.mask))
+    loss, loss_without = (
+        replaced_token_loss(each, replaced, batch.mask, cfg.pads_in_loss, cfg.reduction)[0].item()
+        for each in (logits, logits_without)
+    )
+    losses = F.cross_entropy(logits[0], replaced[0].long(), reduction="none")  # (T,)
     rows = []
     for t in range(int(batch.mask[0].sum())):
-        cells = [str(t), word(batch.x[0, t])]
-        cells.append(word(batch.x_masked[0, t]) + " *" * bool(batch.selected[0, t]))
-        cells.append(word(step.x_edited[0, t]) if t else "h")
-        cells.append("replaced" if step.replaced[0, t] else "original")
-        for logits in (step.logits, step.logits_without):
-            cells.append(f"{100 * logits[0, t].softmax(-1)[1]:.1f} %")
+        masked = word(batch.x_masked[0, t]) + " *" * bool(batch.selected[0, t])
+        cells = [t, word(batch.x[0, t]), masked, word(x_edited[0, t]) if t else "h"]
+        cells.append("replaced" if replaced[0, t] else "original")
+        cells += [f"{100 * each[0, t].softmax(-1)[1]:.1f} %" for each in (logits, logits_without)]
         rows.append([*cells, f"{losses[t]:.3f}"])
-    head = ["", "x", "x' masked", "x'' edited", "label", "with h", "without h", "loss"]
+    head = ["t", "x", "x' masked", "x'' edited", "label", "with h", "without h", "loss"]
     mixture = " (one in ten is a random word, one in ten is unchanged)"
     counted = "positions (padding is original)" if cfg.pads_in_loss else "tokens"
     guessing = f", guessing log 2 = {math.log(2):.4f}" if cfg.reduction == "mean" else ""
-    before = wrapped(
+    paragraphs = [
         "2. Difference prediction. In x', some tokens are masked, with a *"
         f"{mixture * (cfg.masking == '80-10-10')}. The generator predicts "
         f"{'all tokens' if cfg.edit_scope == 'all' else 'the masked tokens'} of x'; its "
         f"{'best' if cfg.edit == 'argmax' else 'sampled'} tokens make x''. The discriminator "
         "reads x'' with h in place of [CLS], and predicts for each token the probability that it "
-        "was replaced (with h):"
-    )
-    after = [
+        "was replaced (with h):",
         "Without h, the discriminator reads the [CLS] of x'', as in ELECTRA. Training does not use "
         "that column.",
         f"The {cfg.reduction} of the loss over all {counted} of all edited sentences: "
-        f"{step.loss:.4f} (without h {step.loss_without:.4f}{guessing}).",
+        f"{loss:.4f} (without h {loss_without:.4f}{guessing}).",
     ]
     if cfg.views == "both":
-        edit = " ".join(word(i) for i in step.x_edited[1, 1 : len(rows)])
-        after.append(f"The second view has its own mask and edit: h {edit}")
-    if new:
-        after.append("The discriminator's last layer is new: before training, it guesses.")
-    return "\n\n".join([before, columns(head, rows, "><<<<>>>"), *map(wrapped, after)])
+        edit = " ".join(word(i) for i in x_edited[1, 1 : len(rows)])
+        paragraphs.append(f"The second view has its own mask and edit: h {edit}")
+    before, *after = map(wrapped, paragraphs)
+    return [before, format_table(head, rows), *after], loss
+
+
+@torch.no_grad()
+def describe_losses(model: DiffCSEModel, texts: list[str], is_new: bool, batch: Batch) -> list[str]:
+    """Paragraphs about DiffCSEModel.forward, in its order."""
+    cfg = model.cfg
+    h = model.projector(model.encoder(batch.x, batch.mask, cls_only=True)[:, 0])  # (R, D)
+    text, contrastive = describe_contrastive(h.unflatten(0, (-1, 2)), texts, cfg.temperature)
+    if cfg.lam == 0:
+        return [text, "2. With --lam 0 this is the whole loss: SimCSE."]
+    paragraphs, difference = describe_difference(model, h, batch)
+    if is_new:
+        paragraphs.append("The discriminator's last layer is new: before training, it guesses.")
+    contrastive *= cfg.contrastive
+    total = (
+        f"3. loss = contrastive + lam * difference = {contrastive:.4f} + {cfg.lam:g} * "
+        f"{difference:.4f} = {contrastive + cfg.lam * difference:.4f}"
+    )
+    return [text, *paragraphs, total]
 
 
 def explain(cfg: Config, sentence: str) -> str:
@@ -218,28 +185,17 @@ def explain(cfg: Config, sentence: str) -> str:
     sentence = " ".join(sentence.split())
     if not sentence:
         raise UserError("the sentence is empty")
-    model, number = load_model(cfg)
-    tokenizer = model.tokenizer
+    model, step = load_model(cfg)
     texts = [sentence, *(other for other in OTHERS if other != sentence)]
-    sentences = InOrder([(text,) for text in texts], tokenizer, cfg.max_length)
-    batch = draw_batch(sentences, tokenizer, replace(cfg, batch_size=len(texts)), number)
-    torch.manual_seed(derive_seed(cfg.seed, number, 1))  # dropout
-    step = fast.accelerate(partial(compute_step, model), model, cfg.fast)(batch)
+    sentences = InOrder([(text,) for text in texts], model.tokenizer, cfg.max_length)
+    batch = draw_batch(sentences, model.tokenizer, replace(cfg, batch_size=len(texts)), step)
     run = f" of the run in {cfg.resume}" if cfg.resume else ""
-    paragraphs = [
-        f"Step {number + 1}{run}, seed {cfg.seed}: {len(texts)} sentences with 2 views each.",
-        describe_sentence(sentence, tokenizer, batch.x[0][batch.mask[0]], cfg.max_length),
-        describe_contrastive(step, texts, cfg.temperature),
-    ]
-    if step.difference is None:
-        return "\n\n".join([*paragraphs, "2. With --lam 0 this is the whole loss: SimCSE."])
-    paragraphs.append(describe_difference(step.difference, tokenizer, cfg, new=number == 0))
-    contrastive, difference = cfg.contrastive * step.contrastive, step.difference.loss
-    paragraphs.append(
-        f"3. loss = contrastive + lam * difference = {contrastive:.4f} + {cfg.lam:g} * "
-        f"{difference:.4f} = {contrastive + cfg.lam * difference:.4f}"
-    )
-    return "\n\n".join(paragraphs)
+    title = f"Step {step + 1}{run}, seed {cfg.seed}: {len(texts)} sentences with 2 views each."
+    ids = batch.x[0][batch.mask[0]]
+    text = describe_sentence(sentence, model.tokenizer, ids, cfg.max_length)
+    torch.manual_seed(derive_seed(cfg.seed, step, 1))  # dropout
+    describe = fast.accelerate(partial(describe_losses, model, texts, step == 0), model, cfg.fast)
+    return "\n\n".join([title, text, *describe(batch)])
 
 
 def main() -> None:

@@ -1,11 +1,18 @@
-"""Plots of runs, as PNG and SVG. Needs matplotlib (pip install matplotlib).
+"""Plots in one style, for files and for HTML pages. Needs matplotlib (pip install matplotlib).
 
-python -m lab.plots pretraining --out results/pretrain/held_out
-python -m lab.plots steps RUN... --out runs/steps
+    python -m lab.plots pretraining --out results/pretrain/held_out
+    python -m lab.plots steps RUN... --out runs/steps
+
+Both write FILE.png and FILE.svg. The functions plot_* take data and return a figure;
+lab/analysis.py and lab/report.py use them too.
+
+Shapes: P pairs of sentences.
 """
 
-import itertools
+import io
 import json
+import re
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -16,32 +23,30 @@ from engine.errors import UserError, run_main
 
 RESULTS = Path(__file__).parent.parent / "results"
 WIDTH = 3.3  # inches: a column of a two-column paper
-DASHES = ((1, 0), (4, 2), (1, 1), (4, 1, 1, 1), (6, 1), (2, 3))  # lines differ without colour
+COLOURS = "#2a7ab8 #d0600f #17936f #b8529b #8d7416 #d23b52 #7a6fd0 #7f7f7f".split()  # on any page
+DASHES = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2), (9, 3), (3, 1, 1, 1), (1, 3), (12, 2, 3, 2))
 
-
-def read_log(path: Path) -> list[dict]:
-    return [json.loads(line) for line in read_lines(path)]
+Panel = tuple[str, np.ndarray, np.ndarray]  # title, cosines (P,), ratings (P,)
 
 
 def load_pyplot():
     """matplotlib.pyplot with our settings. Raises: UserError if it is not installed."""
     try:
-        import matplotlib
+        from matplotlib import pyplot
     except ImportError:
         raise UserError("plots need matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams |= {"font.size": 8, "axes.grid": True, "grid.color": "0.9"}
+    lines = pyplot.cycler(color=COLOURS, linestyle=[(0, dashes) for dashes in DASHES])
+    pyplot.rcParams |= {"font.size": 8, "legend.frameon": False, "axes.prop_cycle": lines}
+    pyplot.rcParams |= {"axes.grid": True, "grid.color": "black", "grid.alpha": 0.1}
     pyplot.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
-    pyplot.rcParams |= {"legend.frameon": False, "svg.hashsalt": "diffcse"}
+    pyplot.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "diffcse"}
     return pyplot
 
 
-def figure(rows: int = 1, height: float = 2.2, columns: int = 1):
-    """An empty figure of one column's width."""
-    size, shared = (WIDTH, height * rows), {"sharex": True, "sharey": columns > 1}
-    return load_pyplot().subplots(rows, columns, figsize=size, layout="constrained", **shared)
+def figure(rows: int = 1, columns: int = 1, height: float = 2.2):
+    """An empty figure of one column's width, and its axes (rows, columns)."""
+    fig = load_pyplot().Figure(figsize=(WIDTH, height * rows), layout="constrained")
+    return fig, fig.subplots(rows, columns, sharex=True, sharey="row", squeeze=False)
 
 
 def save(fig, out: str) -> None:
@@ -52,55 +57,161 @@ def save(fig, out: str) -> None:
         print(path)
 
 
-def pretraining(out: str) -> None:
+def to_svg(fig, description: str) -> str:
+    """An <svg> element for an HTML page: black and the font become those of the page's text."""
+    file = io.StringIO()
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    fig.savefig(file, format="svg", transparent=True, metadata=metadata)
+    size, content = re.search(r'viewBox="(.*?)".*?</defs>(.*)', file.getvalue(), re.DOTALL).groups()
+    content = re.sub(r' id="[\w.]+_\d+"| font-family: [^;]*;', "", content)  # ids are not unique
+    content = content.replace("#000000", "currentColor")
+    label = f'role="img" aria-label="{escape(description)}"'
+    return f'<svg viewBox="{size}" fill="currentColor" {label}>{content}'
+
+
+# ------------------------------------------------------------------------------------------------
+# Curves of runs
+
+
+def read_log(path: Path) -> list[dict]:
+    """The rows of a .jsonl file. Raises: UserError that names a damaged line."""
+    rows = []
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{path} line {number}: not JSON") from None
+    return rows
+
+
+def mean_curve(logs: list[list[dict]], field: str) -> dict[str, list]:
+    """Mean and standard deviation over runs of a field at each step. Shapes: four lists (n,).
+
+    Steps that a run lacks are left out, but an unfinished run ends early and the others continue.
+    """
+    values = [
+        {row["step"]: row[field] for row in log if row.get(field) is not None} for log in logs
+    ]
+    last, steps = [max(at, default=-1) for at in values], {}
+    for step in sorted(set().union(*values)):
+        found = [at.get(step) for at, end in zip(values, last) if step <= end]
+        if None not in found:
+            steps[step] = found
+    mean, std = ([round(float(f(x)), 6) for x in steps.values()] for f in (np.mean, np.std))
+    return {
+        "steps": list(steps),
+        "mean": mean,
+        "std": std,
+        "runs": [len(x) for x in steps.values()],
+    }
+
+
+def plot_curves(labels: list[str], curves: list[dict[str, list]], ylabel: str = ""):
+    """A line for each of mean_curve's, with a band of one standard deviation."""
+    columns = max(1, 40 // max(map(len, labels)))  # of the legend
+    fig, ((axis,),) = figure(height=2.2 + 0.2 * len(curves) / columns)
+    for label, curve in zip(labels, curves):
+        steps, mean, std = (np.array(curve[name]) for name in ("steps", "mean", "std"))
+        (line,) = axis.plot(steps, mean, label=label, marker="." if len(steps) == 1 else "")
+        axis.fill_between(steps, mean - std, mean + std, color=line.get_color(), alpha=0.15, lw=0)
+    axis.set(xlabel="steps", ylabel=ylabel)
+    fig.legend(loc="outside upper center", ncols=columns)
+    return fig
+
+
+def plot_pretraining(log: list[dict], others: list[dict]):
     """Held-out loss and accuracy per word against tokens seen, with other models as lines."""
-    log = read_log(RESULTS / "pretrain" / "log.jsonl")
-    models = read_log(RESULTS / "pretrain" / "held_out.jsonl")
-    others = [row for row in models if row["model"] != "assets/small-bert"]
     fig, axes = figure(rows=2)
     tokens = [row["tokens"] / 1e6 for row in log]
     labels = ("held-out loss, nats per word", "held-out accuracy, %")
-    for axis, name, label, scale in zip(axes, ("loss", "accuracy"), labels, (1, 100)):
-        values = [scale * row[name] for row in log]
-        axis.plot(tokens, values, color="black", label="assets/small-bert")
-        for other, dashes in zip(others, DASHES[1:]):
-            axis.axhline(scale * other[name], color="0.4", dashes=dashes, label=other["model"])
+    for axis, name, label, scale in zip(axes[:, 0], ("loss", "accuracy"), labels, (1, 100)):
+        axis.plot(tokens, [scale * row[name] for row in log], label="assets/small-bert")
+        for other in others:
+            value = scale * other[name]
+            axis.plot([tokens[0], tokens[-1]], [value, value], label=other["model"])
         axis.set_ylabel(label)
-    axes[0].legend()
-    axes[1].set_xlabel("tokens seen, millions")
-    save(fig, out)
+    axes[0, 0].legend()
+    axes[1, 0].set_xlabel("tokens seen, millions")
+    return fig
 
 
-def read_curves(folder: Path) -> np.ndarray:
-    """(step, score) of a run, or of the runs in its folders seed*. Shapes: -> (runs, scores, 2).
+# ------------------------------------------------------------------------------------------------
+# Cosines and ratings of pairs (paper Figure 2)
 
-    Raises: UserError if the folder has no run, or runs that were scored at different steps.
+
+def group_ratings(ratings: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Five groups of equal width, for ratings from 0 to 5 "0-1" to "4-5"; a rating between two
+    groups is in the upper. Shapes: (P,) -> (P,) groups from 0; their names."""
+    edges = np.linspace(ratings.min(), ratings.max(), 6)
+    groups = np.clip(np.searchsorted(edges, ratings, side="right") - 1, 0, 4)
+    return groups, [f"{a:.3g}-{b:.3g}" for a, b in zip(edges, edges[1:])]
+
+
+def plot_ridges(drawn: list[Panel], lowest: float | None = None):
+    """The distribution of the cosine in each group of ratings, and its median.
+
+    lowest: the start of the axis.
     """
-    log = folder / "log.jsonl"
-    logs = [log] if log.is_file() else sorted(folder.glob("seed*/log.jsonl"))
-    curves = [[(r["step"], r["score"]) for r in read_log(log) if "score" in r] for log in logs]
-    if not curves or not all(curves):
-        raise UserError(f"{folder}: no log.jsonl with scores, nor seed*/log.jsonl")
-    if len({tuple(step for step, _ in curve) for curve in curves}) > 1:
-        raise UserError(f"{folder}: its runs were scored at different steps")
-    return np.array(curves)
+    fig, axes = figure(columns=len(drawn), height=2.6)
+    lowest = min(cosines.min() for _, cosines, _ in drawn) if lowest is None else lowest
+    edges = np.linspace(lowest, 1, 31)
+    middles, panels = (edges[1:] + edges[:-1]) / 2, []
+    for _, cosines, ratings in drawn:
+        groups, names = group_ratings(ratings)
+        in_group = [np.minimum(cosines[groups == i], 1) for i in range(5)]  # rounding exceeds 1
+        panels.append((in_group, [np.histogram(c, edges)[0] / max(1, len(c)) for c in in_group]))
+    highest = max(np.max(density) for _, density in panels)
+    for axis, (title, _, _), (in_group, density) in zip(axes[0], drawn, panels):
+        for i, cosines in enumerate(in_group):
+            height = i + 0.95 * density[i] / highest
+            axis.fill_between(middles, i, height, color="black", alpha=0.25, lw=0)
+            axis.plot(middles, height, color="black", linestyle="-", lw=0.8)
+            if len(cosines):
+                median = np.median(cosines)
+                axis.plot([median, median], [i, i + 0.25], color="black", linestyle="-", lw=2)
+        axis.grid(axis="y", visible=False)
+        axis.set_yticks(range(5), names)
+        label_panel(axis, title)
+    return fig
+
+
+def plot_ratings(drawn: list[Panel]):
+    """Rating against cosine, a point for each pair."""
+    fig, axes = figure(columns=len(drawn), height=2.6)
+    for axis, (title, cosines, ratings) in zip(axes[0], drawn):
+        axis.scatter(cosines, ratings, s=3, color="black", alpha=0.25, linewidths=0)
+        label_panel(axis, title)
+    return fig
+
+
+def label_panel(axis, title: str) -> None:
+    axis.set(xlabel="cosine similarity", ylabel="human rating")
+    axis.set_title(title, fontsize=8)
+    axis.label_outer()
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+
+
+def pretraining(out: str) -> None:
+    models = read_log(RESULTS / "pretrain" / "held_out.jsonl")
+    others = [row for row in models if row["model"] != "assets/small-bert"]
+    save(plot_pretraining(read_log(RESULTS / "pretrain" / "log.jsonl"), others), out)
 
 
 def steps(out: str, folders: list[str], labels: list[str] | None = None) -> None:
-    """The development score against steps: for each folder the mean of its runs, and a band of one
-    standard deviation."""
-    labels = labels or [Path(folder).name for folder in folders]
+    """The development score of each folder: of a run, or of the runs in its folders seed*."""
+    labels, curves = labels or [Path(folder).name for folder in folders], []
     if len(labels) != len(folders):
         raise UserError(f"--labels: {len(labels)} labels for {len(folders)} folders")
-    curves = [read_curves(Path(folder)) for folder in folders]
-    fig, axis = figure(height=2.2 + 0.2 * len(curves))
-    for label, runs, dashes in zip(labels, curves, itertools.cycle(DASHES)):
-        x, mean, std = runs[0, :, 0], runs[:, :, 1].mean(0), runs[:, :, 1].std(0)
-        (line,) = axis.plot(x, mean, dashes=dashes, label=label)
-        axis.fill_between(x, mean - std, mean + std, color=line.get_color(), alpha=0.15, lw=0)
-    axis.set(xlabel="steps", ylabel="development score x 100")
-    fig.legend(loc="outside lower center")
-    save(fig, out)
+    for folder in map(Path, folders):
+        log = folder / "log.jsonl"
+        logs = [log] if log.is_file() else sorted(folder.glob("seed*/log.jsonl"))
+        curves.append(mean_curve([read_log(log) for log in logs], "score"))
+        if not curves[-1]["steps"]:
+            raise UserError(f"{folder}: no log.jsonl with scores, nor seed*/log.jsonl")
+    save(plot_curves(labels, curves, "development score x 100"), out)
 
 
 def main() -> None:

@@ -43,15 +43,11 @@ def split_sentences(paragraph: str) -> list[str]:
 
 
 def read_with_next(path: str | Path) -> Iterator[tuple[str, str]]:
-    """Each sentence with the next one of its document, streamed; the last one is left out.
-
-    Raises: UserError that names the file and line.
-    """
-    path, previous = Path(path), ""
-    name = path.stem if path.suffix in (".gz", ".xz") else path.name
-    if not name.endswith(".txt"):
+    """Each sentence with the next one of its document, streamed; the last one is left out."""
+    if not re.search(r"\.txt(\.[gx]z)?$", str(path)):
         raise UserError(f"{path}: running text must be a .txt file (also .gz, .xz)")
-    for line in read_lines(path):
+    previous = ""
+    for line in read_lines(Path(path)):
         for sentence in split_sentences(line.strip()):
             if previous:
                 yield previous, sentence

@@ -1,74 +1,61 @@
 """One training step, twice: ours, and as a careful engineer writes it on transformers.
 
-lab/bench.py times both. Settings, sizes, vocabulary, batches, optimizer and update are the same;
-weights are random. The peer's loss equals ours (tests/test_bench.py).
+lab/bench.py times both. Settings, sizes, batches, optimizer and update are the same; weights are
+random. The peer's loss equals ours (tests/test_bench.py). Not here: a run, with its log and scores.
 """
 
 import itertools
-import json
-import random
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 
-import numpy as np
-import tokenizers
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from bert import DISTILBERT_CONFIG, Bert, BertConfig, BertForMaskedLM
-from data import Batch, Tokenizer, mask_tokens
-from diffcse import Config, DiffCSEModel, make_optimizer, make_projector, train_step
+from bert import Bert, BertConfig, BertForMaskedLM
+from data import Batch, Tokenizer, read_sentences
+from diffcse import Config, DiffCSEModel, draw_batch, make_optimizer, make_projector, train_step
 from engine import fast
 from engine.checkpoint import Metrics
-from engine.hub import find_model
+from engine.device import pick_device
+from engine.hub import ROOT, find_model
 from engine.tokens import TokenizedSentences
 
-VOCAB_SIZE = 30_522  # bert-base's
+TEXT = ROOT / "assets" / "wikipedia_20k.txt.xz"
 
 
-def bert_config(layers: int, D: int, heads: int, family: str = "bert") -> BertConfig:
-    return BertConfig(family, VOCAB_SIZE, D, layers, heads, 4 * D)
+def bert_config(layers: int, D: int, heads: int) -> BertConfig:
+    return BertConfig("bert", 30_522, D, layers, heads, 4 * D)  # as many words as bert-base
 
 
 SIZES = {  # (encoder and discriminator, generator)
-    "tiny": (bert_config(1, 32, 2), bert_config(1, 32, 2, "distilbert")),  # for tests
+    "tiny": (bert_config(1, 32, 2), bert_config(1, 32, 2)),  # for tests
     "mini": (bert_config(4, 256, 4), bert_config(4, 256, 4)),
     "minilm": (bert_config(6, 384, 12), bert_config(6, 384, 12)),
-    "base": (bert_config(12, 768, 12), bert_config(6, 768, 12, "distilbert")),
+    "base": (bert_config(12, 768, 12), bert_config(6, 768, 12)),
 }
-EDIT = dict(masking="all", edit="sample", edit_scope="masked", protect_sep=True, views="first")
 READINGS = {
     "published": Config(),
-    "paper": Config(**EDIT, generator_dropout=False, pads_in_loss=False),
+    "paper": Config(
+        masking="all",
+        edit="sample",
+        edit_scope="masked",
+        protect_sep=True,
+        views="first",
+        generator_dropout=False,
+        pads_in_loss=False,
+    ),
 }
-AMPS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def whole_vocabulary() -> Tokenizer:
-    """The small BERT's tokenizer with unused words up to bert-base's number."""
-    tokenizer = Tokenizer(find_model("assets/small-bert"))
-    backend = json.loads(tokenizer.backend.to_str())
-    unused = range(tokenizer.vocab_size, VOCAB_SIZE)
-    backend["model"]["vocab"] |= {f"[unused{i}]": i for i in unused}
-    tokenizer.backend = tokenizers.Tokenizer.from_str(json.dumps(backend))
-    tokenizer.vocab_size = VOCAB_SIZE
-    return tokenizer
-
-
-def make_batches(lines: list[str], cfg: Config, tokenizer: Tokenizer, count: int) -> list[Batch]:
-    """Batches of random lines, masked."""
-    B, rng = cfg.batch_size, torch.Generator().manual_seed(0)
-    chosen = random.Random(0).choices(lines, k=count * B)
-    sentences = TokenizedSentences(((line,) for line in chosen), tokenizer, cfg.max_length)
-    batches = []
-    for i in range(count):
-        x, mask = sentences.rows(np.arange(i * B, (i + 1) * B))
-        batches.append(Batch(x, mask, *mask_tokens(x, tokenizer, cfg.mask_ratio, cfg.masking, rng)))
-    return batches
+def make_batches(cfg: Config, tokenizer: Tokenizer, count: int) -> list[Batch]:
+    """Batches of a run on sentences of Wikipedia. Their ids are the small BERT's."""
+    rows = itertools.islice(read_sentences(TEXT), count * cfg.batch_size)
+    sentences = TokenizedSentences(rows, tokenizer, cfg.max_length)
+    return [draw_batch(sentences, tokenizer, cfg, step) for step in range(count)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -81,16 +68,16 @@ class Peer(nn.Module):
     The vocabulary product is computed at edited positions alone, 256 at a time.
     """
 
-    def __init__(self, cfg: Config, tokenizer: Tokenizer, sizes: tuple[BertConfig, BertConfig]):
+    def __init__(self, cfg: Config, sep_id: int, encoder: BertConfig, generator: BertConfig):
         super().__init__()
         import transformers
 
-        encoder, generator = sizes
-        self.cfg, self.sep_id, config = cfg, tokenizer.sep_id, hf_config(encoder)
-        self.encoder = transformers.AutoModel.from_config(config, add_pooling_layer=False)
-        self.discriminator = transformers.AutoModel.from_config(config, add_pooling_layer=False)
-        self.generator = transformers.AutoModelForMaskedLM.from_config(hf_config(generator))
-        self.generator.requires_grad_(False)
+        config = transformers.BertConfig(**asdict(encoder))
+        self.cfg, self.sep_id = cfg, sep_id
+        self.encoder = transformers.BertModel(config, add_pooling_layer=False)
+        self.discriminator = transformers.BertModel(config, add_pooling_layer=False)
+        config = transformers.BertConfig(**asdict(generator))
+        self.generator = transformers.BertForMaskedLM(config).requires_grad_(False)
         self.projector = make_projector("batchnorm", encoder.hidden_size, 0.02)
         self.head = nn.Linear(encoder.hidden_size, 2)
         self.discriminator.embeddings.register_forward_hook(self.replace_cls)
@@ -130,10 +117,10 @@ class Peer(nn.Module):
         editable[:, 0] = False
         if cfg.protect_sep:
             editable &= x != self.sep_id
-        output = self.generator.base_model(input_ids=x_masked, attention_mask=mask.long())
+        output = self.generator.bert(input_ids=x_masked, attention_mask=mask.long())
         edited, predicted = x.clone(), []
         for states in output.last_hidden_state[editable].split(256):  # (n, D)
-            logits = self.vocabulary_logits(states)
+            logits = self.generator.cls(states)  # (n, W)
             if cfg.edit == "argmax":
                 predicted.append(logits.argmax(-1))
             else:
@@ -141,83 +128,60 @@ class Peer(nn.Module):
         edited[editable] = torch.cat(predicted)
         return edited * mask
 
-    def vocabulary_logits(self, states: Tensor) -> Tensor:
-        """Shapes: (n, D) -> (n, W)."""
-        generator = self.generator
-        if hasattr(generator, "cls"):  # BERT
-            return generator.cls(states)
-        states = generator.activation(generator.vocab_transform(states))
-        return generator.vocab_projector(generator.vocab_layer_norm(states))
-
-
-def hf_config(cfg: BertConfig):
-    import transformers
-
-    settings = asdict(cfg) | {"hidden_act": "gelu"}
-    if cfg.model_type == "distilbert":
-        settings |= {theirs: settings[ours] for theirs, ours in DISTILBERT_CONFIG.items()}
-    return transformers.AutoConfig.for_model(**settings)
-
-
-# ------------------------------------------------------------------------------------------------
-# Operations of engine/fast.py, one by one
-
-
-class Operations(fast.FastCPU):
-    """FastCPU without one function, or with oneDNN's linear where it is off by default."""
-
-    def __init__(self, without: Callable | None = None, linear: bool = False):
-        super().__init__()
-        self.without, self.linear = without, linear
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is self.without:
-            return func(*args, **(kwargs or {}))
-        if func is F.linear and self.linear and fast.is_fp32_on_cpu(*args):
-            return fast.Linear.apply(*args, *[None] * (3 - len(args)))
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-OPERATIONS: dict[str, Callable] = {
-    "all": Operations,
-    "without dropout": partial(Operations, without=F.dropout),
-    "without attention": partial(Operations, without=F.scaled_dot_product_attention),
-    "without linear": partial(Operations, without=F.linear),
-    "with linear": partial(Operations, linear=True),
-}
-del OPERATIONS["with linear" if fast.mkl_is_slow() else "without linear"]  # the same as "all"
-
 
 # ------------------------------------------------------------------------------------------------
 # Sides
 
 
-def step_side(
-    side: str, size: str, reading: str, amp: str, device: str, batches: str
-) -> Callable[[], Tensor]:
-    """One step as the work of lab/worker.py. batches: a file of lists of tuples of tensors.
+class Without(fast.FastCPU):
+    """engine/fast.py without one of its operations."""
 
-    side: transformers, fast on, fast off, compiled, or one of OPERATIONS.
-    """
-    cfg, tokenizer, (encoder, generator) = READINGS[reading], whole_vocabulary(), SIZES[size]
-    drawn = [Batch(*tensors) for tensors in torch.load(batches)]
+    def __init__(self, function: Callable):
+        super().__init__()
+        self.function = function
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is self.function:
+            return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+OPERATIONS: dict[str, Callable] = {
+    "all": fast.FastCPU,
+    "without dropout": partial(Without, F.dropout),
+    "without attention": partial(Without, F.scaled_dot_product_attention),
+    "without linear": partial(Without, F.linear),
+}
+
+
+def step_side(
+    side: str, size: str, reading: str, amp: str, device: str, steps: int
+) -> Callable[[], float]:
+    """Some steps as a side of lab/bench.py: transformers, fast on, fast off, compiled, or one of
+    OPERATIONS. What the work returns is the last step's loss."""
+    cfg, tokenizer = READINGS[reading], Tokenizer(find_model("assets/small-bert"))
+    (encoder, generator), (device, dtype) = SIZES[size], pick_device(device, amp)
+    batches = make_batches(cfg, tokenizer, 16)
     torch.manual_seed(0)
     if side == "transformers":
-        model = Peer(cfg, tokenizer, SIZES[size])
+        model = Peer(cfg, tokenizer.sep_id, encoder, generator)
     else:
         parts = Bert(encoder), BertForMaskedLM(generator), Bert(encoder)
         model = DiffCSEModel(cfg, tokenizer, *parts)
-        if device == "cuda":  # as in training
-            drawn = [batch.pad(cfg.max_length, tokenizer.pad_id) for batch in drawn]
+        if device.type == "cuda":  # as in training
+            batches = [batch.pad(cfg.max_length, tokenizer.pad_id) for batch in batches]
+    if side in OPERATIONS and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        fast.mkl_is_slow = lambda: True  # measure oneDNN's product on an Intel too
     model.to(device).train()
-    scaler = torch.amp.GradScaler(device, enabled=amp == "fp16")
-    step = partial(train_step, model, make_optimizer(model), scaler, AMPS[amp])
-    mode = OPERATIONS.get(side, nullcontext)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    step = partial(train_step, model, make_optimizer(model), scaler, dtype)
     step = fast.accelerate(step, model, side == "fast on", side == "compiled")
-    draw = itertools.cycle([batch.to(torch.device(device)) for batch in drawn])
+    draw = itertools.cycle([batch.to(device) for batch in batches])
 
-    def work() -> Tensor:
-        with mode():
-            return step(next(draw))["loss"][0]
+    def work() -> float:
+        with OPERATIONS.get(side, nullcontext)():
+            for _ in range(steps):
+                metrics = step(next(draw))
+        return float(metrics["loss"][0])
 
     return work

@@ -157,10 +157,9 @@ def fit_senteval(X: Tensor, y: Tensor, classes: int, fits: Fits, l2: np.ndarray,
             for _ in range(mode.epochs):
                 for batch in torch.from_numpy(rng.permutation(train.shape[1])).split(mode.batch):
                     x = X[train[:, batch]]  # (F, B, D)
-                    logits = (x @ w.flatten(2)).unflatten(2, w.shape[2:])  # (F, B, L, C)
-                    error = logits.softmax(-1) - target[train[:, batch]][:, :, None]
-                    gradient = (x.mT @ error.flatten(2)).unflatten(2, w.shape[2:]) / len(batch)
-                    w.grad = gradient + penalty * w
+                    p = torch.einsum("fbd,fdlc->fblc", x, w).softmax(-1)
+                    error = (p - target[train[:, batch], None]) / len(batch)
+                    w.grad = torch.einsum("fbd,fblc->fdlc", x, error) + penalty * w
                     optimizer.step()
             epoch += mode.epochs
             accuracy, going = accuracies(X, y, w, validation), misses <= mode.patience
@@ -205,21 +204,20 @@ def minimum(X: Tensor, target: Tensor, share: Tensor, l2: float) -> Tensor:
     """
     identity = torch.eye(X.shape[1], dtype=X.dtype)
     R = torch.linalg.cholesky(X.T @ X / (4 * len(X)) + l2 * identity)
-    Z = torch.linalg.solve_triangular(R, X.T, upper=False).T  # X W = Z U
-    inverse = torch.linalg.solve_triangular(R, identity, upper=False)
-    penalty = l2 * inverse @ inverse.T  # l2 |W|^2 = U' penalty U
+    inverse = torch.linalg.solve_triangular(R.T, identity, upper=True)  # W = inverse U
+    Z, penalty = X @ inverse, l2 * inverse.T @ inverse  # X W = Z U; l2 |W|^2 = U' penalty U
     U = torch.zeros(X.shape[1], share.shape[1], target.shape[1], dtype=X.dtype)
 
     def loss() -> Tensor:
-        log_p = (Z @ U.flatten(1)).unflatten(1, U.shape[1:]).log_softmax(-1)  # (N, F, C)
-        decay = (penalty @ U.flatten(1)).unflatten(1, U.shape[1:])
+        log_p = torch.einsum("nd,dfc->nfc", Z, U).log_softmax(-1)
+        decay = torch.einsum("de,efc->dfc", penalty, U)
         error = (log_p.exp() - target[:, None]) * share[:, :, None]
-        U.grad = (Z.T @ error.flatten(1)).unflatten(1, U.shape[1:]) + decay
+        U.grad = torch.einsum("nd,nfc->dfc", Z, error) + decay
         return (U * decay).sum() / 2 - (log_p * target[:, None] * share[:, :, None]).sum()
 
     settings = {"max_iter": 2000, "history_size": 20, "line_search_fn": "strong_wolfe"}
     torch.optim.LBFGS([U], tolerance_grad=1e-6, tolerance_change=0, **settings).step(loss)
-    return torch.linalg.solve_triangular(R.T, U.flatten(1), upper=True).unflatten(1, U.shape[1:])
+    return torch.einsum("de,efc->dfc", inverse, U)
 
 
 PROTOCOLS: dict[str, Callable] = {"lbfgs": fit_lbfgs, "senteval": fit_senteval}
@@ -246,18 +244,17 @@ def evaluate(task: Task, X: Tensor, fit: Callable, mode: Mode) -> tuple[float, f
     the development split, or by cross-validation within the training items.
     """
     y, labels = torch.from_numpy(task.labels), task.labels
-    classes, bounds = int(y.max()) + 1, np.cumsum([0, *task.splits])
-    parts = [np.arange(a, b) for a, b in zip(bounds, bounds[1:])]
+    classes = int(y.max()) + 1
+    parts = np.split(np.arange(len(y)), np.cumsum(task.splits)[:-1])
     outer = [(parts[0], parts[-1])] if len(parts) > 1 else stratified_folds(labels, mode.folds)
     if len(parts) == 3:
-        inner, final = [[(parts[0], parts[1])]], [(parts[0], parts[1])]
+        inner = final = [(parts[0], parts[1])]
     else:
-        folds = [(train, stratified_folds(labels[train], mode.folds)) for train, _ in outer]
-        inner = [[(train[a], train[b]) for a, b in pairs] for train, pairs in folds]
         final = [(train, None) for train, _ in outer]
-    grid = np.tile(L2, (len(outer) * len(inner[0]), 1))
-    _, scores = fit(X, y, classes, sum(inner, []), grid, mode)
-    scores = scores.reshape(len(outer), len(inner[0]), len(L2)).mean(1)
+        folds = [(train, stratified_folds(labels[train], mode.folds)) for train, _ in outer]
+        inner = [(train[a], train[b]) for train, pairs in folds for a, b in pairs]
+    _, scores = fit(X, y, classes, inner, np.tile(L2, (len(inner), 1)), mode)
+    scores = scores.reshape(len(outer), -1, len(L2)).mean(1)
     scores = np.round(100 * scores, 2)  # as SentEval; of equal scores the smallest penalty wins
     weights, _ = fit(X, y, classes, final, L2[scores.argmax(1)][:, None], mode)
     predicted = np.full(len(y), -1)

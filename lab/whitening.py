@@ -11,7 +11,6 @@ Reference: Su et al. 2021, "Whitening Sentence Representations for Better Semant
 Retrieval".
 """
 
-import argparse
 import json
 from functools import partial
 from itertools import islice
@@ -19,20 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
+import eval_sts
 from data import read_sentences
 from embed import POOLINGS
 from engine.cli import Parser, add_model_flags
 from engine.errors import UserError, run_main, write_atomically
 from engine.hub import find_senteval, find_text
-from eval_sts import (
-    TEST_SETS,
-    average,
-    load_encoders,
-    load_set,
-    load_sets,
-    print_scores,
-    score_pairs,
-)
 
 MAX_SENTENCES = 10_000  # read from each sentence file
 
@@ -52,18 +43,19 @@ def whitening(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def whiten(
-    mean: np.ndarray, matrix: np.ndarray, u: np.ndarray, v: np.ndarray
+    u: np.ndarray, v: np.ndarray, fitted: tuple[np.ndarray, np.ndarray] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Shapes: (D,), (D, K), (P, D), (P, D) -> (P, K), (P, K)."""
+    """A set's embeddings, with the mean and matrix of other vectors or (None) with its own.
+
+    Shapes: (P, D), (P, D) -> (P, K), (P, K).
+    """
+    mean, matrix = fitted or whitening(np.concatenate([u, v]))
     return (u - mean) @ matrix, (v - mean) @ matrix
 
 
-def whiten_self(u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A set's embeddings, whitened with their own mean and covariance."""
-    return whiten(*whitening(np.concatenate([u, v])), u, v)
-
-
-def score_model(args: argparse.Namespace, encoder, sets: dict, texts: dict) -> dict[str, dict]:
+def score_model(
+    encoder: eval_sts.Encoder, sets: dict[str, eval_sts.Pairs], texts: dict[str, list[str] | None]
+) -> dict[str, eval_sts.Scores]:
     """The scores without whitening ("") and with each entry of --with."""
     sentences = list(dict.fromkeys(s for left, right, _ in sets.values() for s in left + right))
     vectors = dict(zip(sentences, encoder(sentences)))  # the same for every row
@@ -71,44 +63,36 @@ def score_model(args: argparse.Namespace, encoder, sets: dict, texts: dict) -> d
     def look_up(sentences: list[str]) -> np.ndarray:
         return np.stack([vectors[s] for s in sentences])
 
-    scores = {"": score_pairs(look_up, sets)}
-    for source in args.sources:
-        if source == "self":
-            transform = whiten_self
-        else:
-            transform = partial(whiten, *whitening(encoder(texts[source])))
-        scores[source] = score_pairs(look_up, sets, transform)
+    scores = {"": eval_sts.score_pairs(look_up, sets)}
+    for source, text in texts.items():
+        fitted = whitening(encoder(text)) if text is not None else None
+        scores[source] = eval_sts.score_pairs(look_up, sets, partial(whiten, fitted=fitted))
     return scores
 
 
 def main() -> None:
     parser = Parser("python -m lab.whitening", description="Whitened embeddings on the STS sets")
     add_model_flags(parser, POOLINGS)
-    parser.add_argument(
-        "--with",
-        dest="sources",
-        metavar="SOURCE,...",
-        type=lambda text: text.split(","),
-        default=["self"],
-        help=f"self, or a sentence file, of which {MAX_SENTENCES:,} are read (default: self)",
-    )
+    text = f"self, or a sentence file, of which {MAX_SENTENCES:,} are read (default: self)"
+    parser.add_argument("--with", dest="sources", metavar="SOURCE,...", default="self", help=text)
     args = parser.parse_args()
     texts, labels = {}, {"": "", "self": ", white by itself"}
-    for source in args.sources:
+    for source in args.sources.split(","):
+        texts[source] = None
         if source != "self":
             rows = read_sentences(find_text(source, args.data))
             texts[source] = [row[0] for row in islice(rows, MAX_SENTENCES)]
             labels[source] = f", white by {Path(source).name}"
-    names = (*TEST_SETS, "STSB-dev", "SICKR-dev")
-    sets = load_sets(names, load_set, find_senteval(args.data))
+    names = (*eval_sts.TEST_SETS, "STSB-dev", "SICKR-dev")
+    sets = eval_sts.load_sets(names, eval_sts.load_set, find_senteval(args.data))
     rows, reports = {}, []
-    for name, pooling, encoder in load_encoders(args):
-        for source, scores in score_model(args, encoder, sets, texts).items():
+    for name, pooling, encoder in eval_sts.load_encoders(args):
+        for source, scores in score_model(encoder, sets, texts).items():
             rows[f"{name} ({pooling}{labels[source]})"] = scores
             report = {"model": name, "pooler": pooling, "amp": args.amp}
             report |= {"whitened": source} if source else {}
-            reports.append(report | scores | {"average": average(scores)})
-    print_scores(rows)
+            reports.append(report | scores | {"average": eval_sts.average(scores)})
+    eval_sts.print_scores(rows)
     if args.json:
         write_atomically(args.json, "".join(json.dumps(report) + "\n" for report in reports))
 

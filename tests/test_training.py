@@ -1,35 +1,37 @@
-"""Whole runs: scored on STS sets, every model family, the loop, odd and bad input, the command."""
+"""Whole runs: scored on STS sets, every model family, the loop, odd and bad input."""
 
 import json
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
-from conftest import ROOT, SPECIAL_WORDS, VOCABULARY, WORDS, make_model, random_sentences, read_log
+from conftest import (
+    ROOT,
+    SPECIAL_WORDS,
+    VOCABULARY,
+    make_model,
+    one_line,
+    random_pair,
+    random_sentences,
+    read_log,
+)
 
 import bert
 import diffcse
 import embed
 import eval_sts
 from diffcse import PRESETS, Config
+from engine import run as runs
 from engine.cli import parse
 from engine.errors import UserError
 
 SMALL = str(ROOT / "assets" / "small-bert")
 
 
-def weights_of(folder: Path) -> dict[str, list]:
-    tensors = bert.read_safetensors(folder / "best" / "model.safetensors")
-    return {name: tensor.tolist() for name, tensor in tensors.items()}
-
-
 def spy_on_steps(monkeypatch) -> list[dict]:
-    """What each train_step of the runs to come receives, and its gradient's norm after clipping."""
+    """Each step's model, optimizer, batch, rate, metrics, and gradient norm after clipping."""
     steps, train_step = [], diffcse.train_step
 
     def spy(model, optimizer, scaler, amp, batch):
@@ -37,16 +39,9 @@ def spy_on_steps(monkeypatch) -> list[dict]:
         metrics = train_step(model, optimizer, scaler, amp, batch)
         assert all(map(torch.equal, before, batch.tensors()))  # x is never changed
         norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
-        steps.append(
-            {
-                "batch": batch,
-                "lr": optimizer.param_groups[0]["lr"],
-                "norm": float(torch.stack(norms).norm()),
-                "norm_before_clipping": float(metrics["grad_norm"][0]),
-                "model": model,
-                "optimizer": optimizer,
-            }
-        )
+        step = dict(model=model, optimizer=optimizer, batch=batch, metrics=metrics)
+        lr = optimizer.param_groups[0]["lr"]
+        steps.append(step | {"lr": lr, "norm": float(torch.stack(norms).norm())})
         return metrics
 
     monkeypatch.setattr(diffcse, "train_step", spy)
@@ -76,6 +71,7 @@ def test_a_run_from_its_first_log_line_to_its_results(train_tiny, tmp_path, caps
     row = log[1]
     assert row["loss"] == pytest.approx(row["contrastive"] + 0.05 * row["difference"], abs=1e-5)
     assert 0.3 < row["difference"] < 1.5 and 0 < row["share_replaced"] <= 1 and row["grad_norm"] > 0
+    assert row["positive_cosine"] < 0.999  # dropout makes the two views differ
     assert Config(**json.loads((out / "config.json").read_text())).lam == 0.05
     table = capsys.readouterr().out
     assert "before, first-last average" in table and f"step {best['step']} is in {out}" in table
@@ -108,113 +104,60 @@ def test_score_dev_never_opens_the_test_sets(train_tiny, tmp_path):
         assert results[key] == whole[key]
 
 
-def test_the_saved_model_is_the_same_in_transformers(train_tiny, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    train_tiny(max_length=40)
-    best = tmp_path / "out" / "best"
-    texts = ["the dog runs .", "", "a cat and a tree in the big red house", "unknown words"]
-    model = embed.DiffCSE(str(best), device="cpu")
-    ours = model.encode(texts, normalize_to_unit=False)
-    tokens = transformers.AutoTokenizer.from_pretrained(best)(
-        texts, padding=True, return_tensors="pt"
-    )
-    peer = transformers.AutoModel.from_pretrained(best, add_pooling_layer=False).eval()
-    expected = peer(**tokens).last_hidden_state[:, 0].detach()
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
-
-
-def test_a_longer_max_length_is_saved_with_the_model(tmp_path, monkeypatch):
-    """A model trained with --max-length 256 reads 256 tokens afterwards."""
-    folder = tmp_path / "long"
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    cfg = bert.BertConfig(vocab_size=len(VOCABULARY), max_position_embeddings=300, **sizes)
-    bert.save_bert(bert.Bert(cfg), folder)
-    (folder / "vocab.txt").write_text("\n".join(VOCABULARY))
-    text, pairs = tmp_path / "text.txt", tmp_path / "pairs.tsv"
-    text.write_text("\n".join(random_sentences(20, 0)))
-    pairs.write_text("a\tb\tc\nthe dog\tthe cat\t1\nbig\tsmall\t2\nred\tblue\t3\n")
-    settings = dict(model=str(folder), train_file=str(text), score=str(pairs), steps=1, lam=0.0)
-    out = str(tmp_path / "out")
-    diffcse.train(Config(max_length=256, device="cpu", out_dir=out, batch_size=4, **settings))
-    assert embed.DiffCSE(out, device="cpu").max_length == 256
+def test_the_length_that_is_saved_with_the_model(train_tiny, tmp_path, monkeypatch):
+    """The usual one, or that of training if it is larger: at most the model's 40 positions."""
+    for usual, trained, saved in ((128, 32, 40), (20, 32, 32), (20, 10, 20)):
+        monkeypatch.setattr(runs, "MAX_LENGTH", usual)
+        out = str(tmp_path / f"{usual}-{trained}")
+        train_tiny(max_length=trained, steps=1, out_dir=out)
+        assert embed.DiffCSE(out, device="cpu").max_length == saved
 
 
 @pytest.mark.parametrize(
-    "family, pooler",
-    [("bert", True), ("bert", False), ("roberta", True), ("distilbert", False)],
+    "family, generator, pooling",
+    [
+        ("bert", "distilbert", "cls"),
+        ("roberta", "roberta", "cls"),
+        ("distilbert", "bert", "cls_before_pooler"),
+    ],
 )
-def test_every_family_trains_and_its_best_model_loads_everywhere(
-    train_tiny, tmp_path, family, pooler
+def test_every_family_trains_and_its_best_model_loads_in_transformers(
+    train_tiny, tmp_path, family, generator, pooling
 ):
-    """The generator is of another family if the vocabulary allows it. RoBERTa: <s> 0, <pad> 1."""
+    """The generator is of another family if the vocabulary allows it. RoBERTa counts positions."""
     transformers = pytest.importorskip("transformers")
-    roberta = family == "roberta"
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"] if roberta else SPECIAL_WORDS
-    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
-    unknown, cls, sep, pad = (
-        ("<unk>", "<s>", "</s>", "<pad>") if roberta else ("[UNK]", "[CLS]", "[SEP]", "[PAD]")
-    )
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=unknown))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    ends = (sep, vocabulary[sep]), (cls, vocabulary[cls])
-    backend.post_processor = tokenizers.processors.BertProcessing(*ends)
-    sizes = dict(
-        vocab_size=len(vocabulary),
-        pad_token_id=vocabulary[pad],
-        max_position_embeddings=40,
-        initializer_range=0.2,
-        **dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32),
-        **dict(dim=16, n_layers=2, n_heads=2, hidden_dim=32),
-    )
-    configs = {
-        "bert": transformers.BertConfig,
-        "roberta": transformers.RobertaConfig,
-        "distilbert": transformers.DistilBertConfig,
-    }
-    other = {"bert": "distilbert", "roberta": "roberta", "distilbert": "bert"}[family]
-    pooling = {} if family == "distilbert" else {"add_pooling_layer": pooler}
     torch.manual_seed(0)
-    encoder = transformers.AutoModel.from_config(configs[family](**sizes), **pooling)
-    generator = transformers.AutoModelForMaskedLM.from_config(configs[other](**sizes))
-    for name, model in (("encoder", encoder), ("generator", generator)):
-        model.save_pretrained(tmp_path / name)
-        backend.save(str(tmp_path / name / "tokenizer.json"))
-    pooling_name = "cls" if pooler else "cls_before_pooler"
-    folders = {"model": str(tmp_path / "encoder"), "generator": str(tmp_path / "generator")}
-    results = train_tiny(**folders, pooling=pooling_name)
-    best = tmp_path / "out" / "best"
+    vocabulary = ["<unused>", "[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", *VOCABULARY[5:]]
+    for name, mlm in ((family, False), (generator, True)):
+        random_pair(name, mlm, tmp_path / str(mlm))
+        (tmp_path / str(mlm) / "vocab.txt").write_text("\n".join(vocabulary))
+    folders = {"model": str(tmp_path / "False"), "generator": str(tmp_path / "True")}
+    assert train_tiny(**folders, pooling=pooling)["best_step"] > 0
+    best, texts = tmp_path / "out" / "best", random_sentences(5, 3)
     model = embed.DiffCSE(str(best), device="cpu")
-    assert model.pooler == pooling_name and (model.bert.pooler is not None) == pooler
-
-    model = embed.DiffCSE(str(best), device="cpu", pooler="cls_before_pooler")
-    texts = random_sentences(5, 3)
+    assert model.pooler == pooling
     rows = [torch.tensor(ids) for ids in model.tokenizer(texts, 20)]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, True, vocabulary[pad])
-    peer = transformers.AutoModel.from_pretrained(best, **pooling).eval()
-    expected = peer(ids, attention_mask=(ids != vocabulary[pad]).long()).last_hidden_state[:, 0]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, True, padding_value=1)
+    peer = transformers.AutoModel.from_pretrained(best).eval()
+    output = peer(ids, attention_mask=(ids != 1).long())
+    expected = output.pooler_output if pooling == "cls" else output.last_hidden_state[:, 0]
     ours = model.encode(texts, normalize_to_unit=False)
     torch.testing.assert_close(ours, expected.detach(), rtol=0, atol=1e-5)
-    assert results["best_step"] > 0
 
 
 # ------------------------------------------------------------------------------------------------
 # The loop
 
 
-def test_the_loop_is_adamw_clipping_and_linear_decay_over_every_sentence(
-    train_tiny, tiny, tmp_path, monkeypatch
+def test_the_loop_takes_every_sentence_once_per_epoch_at_a_falling_rate(
+    train_tiny, tmp_path, monkeypatch
 ):
-    """All that train() chooses: steps, rates, batches, masks; then its weights by torch's parts."""
     steps = spy_on_steps(monkeypatch)
-    no_dropout = dict(dropout=0.0, generator_dropout=False)
-    train_tiny(steps=None, epochs=2, eval_every=100, seed=7, **no_dropout)
+    train_tiny(steps=None, epochs=2, eval_every=100, log_every=2, seed=7)
     # 33 sentences in 2 views; the short last batch is kept, even with one sentence
     assert [len(s["batch"].x) for s in steps] == [32, 32, 2] * 2
     rates = [1e-2 * (6 - t) / 6 for t in range(6)]
     assert [s["lr"] for s in steps] == pytest.approx(rates)
-    log = [row["lr"] for row in read_log(tmp_path / "out") if "lr" in row]
-    assert log == pytest.approx(rates)
 
     def sentences(steps: list[dict]) -> list[tuple]:
         batches = [step["batch"] for step in steps]
@@ -222,30 +165,19 @@ def test_the_loop_is_adamw_clipping_and_linear_decay_over_every_sentence(
 
     first, second = sentences(steps[:3]), sentences(steps[3:])
     assert sorted(first) == sorted(second) and first != second  # each once, in another order
-    assert any(s["norm_before_clipping"] > 1 for s in steps)
+    assert any(s["metrics"]["grad_norm"][0] > 1 for s in steps)
     assert all(s["norm"] <= 1 + 1e-5 for s in steps)
     group, model = steps[0]["optimizer"].param_groups[0], steps[0]["model"]
     assert (group["weight_decay"], group["betas"], group["eps"]) == (0, (0.9, 0.999), 1e-8)
     trained = {id(p) for n, p in model.named_parameters() if not n.startswith("generator.")}
     assert {id(p) for p in group["params"]} == trained
-
-    torch.manual_seed(7)
-    cfg = Config(model=str(tiny), generator=str(tiny), lam=0.05, **no_dropout)
-    twin = diffcse.DiffCSEModel.from_pretrained(cfg).train()
-    parameters = [p for p in twin.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
-    for step, lr in zip(steps, rates):
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.zero_grad()
-        twin(step["batch"])[0].backward()
-        torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
-        optimizer.step()
-    expected = twin.encoder.state_dict()
-    for name, p in bert.load_bert(tmp_path / "out" / "best").state_dict().items():
-        # Their gradients are rounding error: softmax and BatchNorm remove what they add.
-        if not name.endswith("key.bias") and name != "layers.1.norm.bias":
-            distance = (p - expected[name]).norm() / p.numel() ** 0.5
-            assert distance < 1e-3 * 1e-2, name  # of a step of 1e-2 in every number
+    rows = [row for row in read_log(tmp_path / "out") if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 4, 6]
+    for row, since in zip(rows, (steps[:1], steps[1:2], steps[2:4], steps[4:])):
+        assert row["lr"] == pytest.approx(since[-1]["lr"])
+        for name in since[0]["metrics"]:  # the sums over steps divided by the counts
+            total, count = (sum(float(s["metrics"][name][i]) for s in since) for i in (0, 1))
+            assert row[name] == pytest.approx(total / count, abs=1e-5)
 
 
 def test_masks_are_a_function_of_seed_and_step(train_tiny, tmp_path, monkeypatch):
@@ -253,12 +185,8 @@ def test_masks_are_a_function_of_seed_and_step(train_tiny, tmp_path, monkeypatch
     text = tmp_path / "same.txt"
     text.write_text("the small dog runs and the big cat sleeps in a tree\n" * 16)
     steps = spy_on_steps(monkeypatch)
-    for name, changes in (
-        ("a", {}),
-        ("b", {"lam": 0.5, "lr": 1e-4, "edit": "sample"}),
-        ("c", {"seed": 43}),
-    ):
-        train_tiny(out_dir=str(tmp_path / name), train_file=str(text), steps=4, **changes)
+    for i, changes in enumerate([{}, {"lam": 0.5, "lr": 1e-4, "edit": "sample"}, {"seed": 43}]):
+        train_tiny(out_dir=str(tmp_path / f"run{i}"), train_file=str(text), steps=4, **changes)
     a, b, c = ([s["batch"].selected for s in steps[i : i + 4]] for i in (0, 4, 8))
     assert all(map(torch.equal, a, b))
     assert len({tuple(selected.flatten().tolist()) for selected in a + c}) == 8
@@ -266,14 +194,13 @@ def test_masks_are_a_function_of_seed_and_step(train_tiny, tmp_path, monkeypatch
 
 def test_a_saved_config_repeats_its_run_and_another_seed_does_not(train_tiny, tmp_path):
     train_tiny(seed=3, edit="sample")
-    out = tmp_path / "out"
-    argv = ["--config", str(out / "config.json"), "--out-dir", str(tmp_path / "again")]
-    cfg = parse(Config, PRESETS, argv)[1]
+    out, again, other = (tmp_path / name for name in ("out", "again", "other"))
+    cfg = parse(Config, PRESETS, ["--config", str(out / "config.json"), "--out-dir", str(again)])[1]
     diffcse.train(cfg)
-    assert read_log(out) == read_log(tmp_path / "again")
-    assert weights_of(out) == weights_of(tmp_path / "again")
-    diffcse.train(replace(cfg, seed=4, out_dir=str(tmp_path / "other")))
-    assert read_log(out) != read_log(tmp_path / "other")
+    diffcse.train(replace(cfg, seed=4, out_dir=str(other)))
+    assert read_log(out) == read_log(again) != read_log(other)
+    weights = [(folder / "best" / "model.safetensors").read_bytes() for folder in (out, again)]
+    assert weights[0] == weights[1]
 
 
 def test_evaluating_more_often_does_not_change_training(train_tiny, tmp_path):
@@ -294,12 +221,6 @@ def test_bf16_on_a_cpu(train_tiny, tmp_path):
     state = bert.load_bert(tmp_path / "half" / "best").state_dict()
     assert {t.dtype for t in state.values()} == {torch.float32}
     assert results["precision"] == "bfloat16"
-
-
-def test_without_out_dir_runs_are_numbered(train_tiny, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    train_tiny(out_dir="", steps=1), train_tiny(out_dir="", steps=1)
-    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["run-1", "run-2"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -340,98 +261,52 @@ def test_a_generator_with_more_rows_than_the_tokenizer_has_words(train_tiny, tmp
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"generator": SMALL}, "another vocabulary"),
-        ({"max_length": 41}, "has 40 positions"),
         ({"model": "no/such/model"}, "no/such/model: no such model folder"),
-        ({"device": "cuda"}, "is not available"),
-        ({"amp": "fp16"}, "does not work on cpu; use off or bf16"),
-        ({"train_file": "none.txt"}, "none.txt: no such file"),
+        ({"model": "FEW_ROWS"}, "do not belong together"),
+        ({"generator": "FEW_ROWS"}, "FEW_ROWS has 22 words and 40 positions; at least 23 and 32"),
+        ({"generator": SMALL}, "another vocabulary"),
+        ({"max_length": 41}, "--max-length is 41, but .* has 40 positions"),
         ({"pooling": "cls"}, "pooler"),
-        ({"out_dir": "x" * 300}, "cannot create --out-dir"),
-        ({"train_file": "~no-such-user/x.txt"}, "no-such-user"),
-        ({"model": "~no-such-user/m"}, "no-such-user"),
-        ({"data": "~no-such-user"}, "no-such-user"),
-        ({"generator": "EMPTY"}, "config.json"),
-        ({"model": "NO_WEIGHTS"}, "neither model.safetensors"),
-        ({"model": "LARGE_VOCABULARY"}, "do not belong together"),
-        ({"out_dir": "A_FILE"}, "A_FILE"),
-        ({"data": "EMPTY"}, "no folder STS"),
+        ({"train_file": "none.txt"}, "none.txt: no such file"),
         ({"train_file": "EMPTY.txt"}, "0 sentences; at least 2"),
         ({"train_file": "ONE.txt"}, "1 sentences; at least 2"),
-        ({"train_file": "LATIN1.txt"}, "line 2: not UTF-8"),
         ({"hard_negative_weight": 1.0}, "--hard-negative-weight needs .*3 columns"),
         ({"score": "nonsense"}, "--score is nonsense"),
-        ({"score": "none.tsv"}, "none.tsv: no such file"),
+        ({"data": "FEW_ROWS"}, "no folder STS"),
+        ({"out_dir": "x" * 300}, "cannot create --out-dir"),
+        ({"out_dir": "A_FILE"}, "A_FILE"),
     ],
     ids=str,
 )
-def test_bad_input_is_one_line_and_leaves_nothing_behind(
-    train_tiny, tiny, tmp_path, changes, message
-):
-    if changes == {"device": "cuda"} and torch.cuda.is_available():
-        pytest.skip("this machine has CUDA")
-    for name in ("EMPTY", "NO_WEIGHTS"):
-        (tmp_path / name).mkdir()
-    for file in ("config.json", "vocab.txt"):
-        (tmp_path / "NO_WEIGHTS" / file).write_bytes((tiny / file).read_bytes())
-    make_model(tmp_path / "LARGE_VOCABULARY")
-    (tmp_path / "LARGE_VOCABULARY" / "vocab.txt").write_text("\n".join([*VOCABULARY, "more"]))
-    files = {"A_FILE": b"mine", "EMPTY.txt": b"", "ONE.txt": b"one\n", "LATIN1.txt": b"a\nb\xff\n"}
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(train_tiny, tmp_path, changes, message):
+    make_model(tmp_path / "FEW_ROWS", vocab_size=len(VOCABULARY) - 1)
+    for name, content in {"A_FILE": "mine", "EMPTY.txt": "", "ONE.txt": "one\n"}.items():
+        (tmp_path / name).write_text(content)
     paths = {path.name: str(path) for path in tmp_path.iterdir()}
     changes = {key: paths.get(value, value) for key, value in changes.items()}
     with pytest.raises((UserError, bert.ModelError), match=message) as error:
         train_tiny(**changes)
-    assert "\n" not in str(error.value)
+    assert one_line(error)
     assert not (tmp_path / "out").exists() and (tmp_path / "A_FILE").read_text() == "mine"
-
-
-# ------------------------------------------------------------------------------------------------
-# The command, and another language
-
-
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["--config", "bert_st"], "bert_sts"),
-        (["--config", "demo", "--lerning-rate", "1"], "unknown argument --lerning-rate"),
-        (["--config", "demo", "--batch-sise", "3"], "did you mean --batch-size?"),
-        (["--config", "demo", "--lr"], "--lr"),
-        (["--config", "missing.json"], "missing.json"),
-        (["--config", "demo", "--amp", "fp16", "--device", "cpu"], "--amp fp16"),
-    ],
-)
-def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(argv, message):
-    command = [sys.executable, str(ROOT / "diffcse.py"), *argv]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert message in done.stderr
 
 
 def test_own_text_and_pairs_in_another_language(tmp_path, monkeypatch):
     """Chinese, from a vocabulary of characters to a search: nothing assumes English."""
-    rng = random.Random(3)
+    monkeypatch.chdir(tmp_path)
     characters = sorted(
-        set("今天天气很好我们去公园散步小猫喜欢吃鱼他昨天买了一本新书老师在教室里讲课")
+        {*"今天天气很好我们去公园散步小猫喜欢吃鱼他昨天买了一本新书老师在教室里讲课"}
     )
+    rng = random.Random(3)
     lines = ["".join(rng.choices(characters, k=rng.randint(3, 15))) + "。" for _ in range(60)]
-    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     vocabulary = [*SPECIAL_WORDS, *characters, "。"]
-    cfg = bert.BertConfig(
-        vocab_size=len(vocabulary), max_position_embeddings=40, initializer_range=0.3, **sizes
-    )
-    bert.save_bert(bert.BertForMaskedLM(cfg), tmp_path / "zh")
-    (tmp_path / "zh" / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
-    (tmp_path / "zh" / "tokenizer_config.json").write_text('{"do_lower_case": false}')
-    (tmp_path / "text.txt").write_text("\n".join(lines), encoding="utf-8")
+    make_model(Path("zh"), vocab_size=len(vocabulary))
+    Path("zh/vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+    Path("text.txt").write_text("\n".join(lines), encoding="utf-8")
     rows = [(a, b, len({*a} & {*b})) for a, b in zip(lines[:30], lines[30:])]
     pairs = "a\tb\tsimilarity\n" + "".join(f"{a}\t{b}\t{score}\n" for a, b, score in rows)
-    (tmp_path / "pairs.tsv").write_text(pairs, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    settings = dict(batch_size=8, steps=4, eval_every=2, lr=1e-3, out_dir="out", device="cpu")
+    Path("pairs.tsv").write_text(pairs, encoding="utf-8")
     files = dict(model="zh", generator="zh", train_file="text.txt", score="pairs.tsv")
+    settings = dict(batch_size=8, steps=4, eval_every=2, lr=1e-3, out_dir="out", device="cpu")
     results = diffcse.train(Config(**files, **settings))
     model = embed.DiffCSE("out", device="cpu")
     assert not any(model.tokenizer.unk_id in ids for ids in model.tokenizer(lines, 40))

@@ -1,23 +1,20 @@
 """lab/transfer.py: both protocols against scikit-learn and plain torch, data files, the command."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, one_line
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 
-from embed import encode
-from engine.errors import UserError, run_main
-from engine.hub import find_senteval
-from engine.model_folder import load_model
+from engine.errors import UserError
 from lab import transfer
 from lab.transfer import L2, MODES, Mode, Task
 
-SMALL = Path(__file__).parent.parent / "assets" / "small-bert"
+SMALL = ROOT / "assets" / "small-bert"
 
 # ----------------------------------------------------------- SentEval's protocol, one fit at a time
 
@@ -131,9 +128,13 @@ def test_a_fit_stops_as_published_and_after_200_epochs_at_the_latest():
 def test_lbfgs_protocol_is_scikit_learns_logistic_regression(classes):
     task, X = made_task(7, [160], classes)
     X, y = with_constant(X), torch.from_numpy(task.labels)
-    folds, grid = transfer.stratified_folds(task.labels, 3), np.tile(L2, (3, 1))
-    weights, best = transfer.fit_lbfgs(X, y, classes, folds, grid, MODES["test"])
-    for f, (train, dev) in enumerate(folds):
+    folds = transfer.stratified_folds(task.labels, 3)
+    fits = [*folds, (folds[0][0], None)]  # the last without its own validation items
+    weights, best = transfer.fit_lbfgs(X, y, classes, fits, np.tile(L2, (4, 1)), MODES["test"])
+    for f, (train, dev) in enumerate(fits):
+        if dev is None:  # 5 % of the training items
+            order = train[np.random.RandomState(1111).permutation(len(train))]
+            dev, train = order[: len(train) // 20], order[len(train) // 20 :]
         for i, l2 in enumerate(L2):
             # SentEval has weights for each of 2 classes: half the penalty of one logit's weights.
             C = 1 / (l2 * len(train)) * (2 if classes == 2 else 1)
@@ -144,30 +145,6 @@ def test_lbfgs_protocol_is_scikit_learns_logistic_regression(classes):
             np.testing.assert_allclose(ours, peer.predict_proba(X.numpy()), atol=1e-4)
             accuracy = (ours[dev].argmax(1) == task.labels[dev]).mean()
             assert best[f, i] == pytest.approx(accuracy, abs=1e-12)
-
-
-def test_lbfgs_protocol_evaluates_like_nested_scikit_learn():
-    task, X = made_task(9, [150], 2)
-    X, y = with_constant(X), task.labels
-    mode, folds = QUICK["Adam"], StratifiedKFold(3, shuffle=True, random_state=1111)
-    dev, test, predicted = transfer.evaluate(task, X, transfer.fit_lbfgs, mode)
-
-    def fitted(train, l2):
-        settings = {"fit_intercept": False, "tol": 1e-10, "max_iter": 100_000}
-        return LogisticRegression(C=2 / (l2 * len(train)), **settings).fit(X[train], y[train])
-
-    devs, tests = [], []
-    for train, items in folds.split(X, y):
-        pairs = [(train[a], train[b]) for a, b in folds.split(X[train], y[train])]
-        scores = [[fitted(a, l2).score(X[b], y[b]) for a, b in pairs] for l2 in L2]
-        scores = [round(100 * np.mean(row), 2) for row in scores]
-        order = np.random.RandomState(1111).permutation(len(train))  # 5 % are held out
-        model = fitted(train[order[len(train) // 20 :]], L2[int(np.argmax(scores))])
-        assert predicted[items].tolist() == model.predict(X[items]).tolist()
-        devs.append(max(scores))
-        tests.append(round(100 * model.score(X[items], y[items]), 2))
-    assert dev == pytest.approx(np.mean(devs), abs=0.005)
-    assert test == pytest.approx(np.mean(tests), abs=0.005)
 
 
 @pytest.mark.parametrize("k", [2, 5, 10])
@@ -250,16 +227,12 @@ def test_damaged_tasks_are_user_errors_that_name_the_line(toy, name, file, old, 
         (toy / file).write_bytes(content.replace(old, new).encode("latin-1", "surrogateescape"))
     with pytest.raises(UserError) as error:
         transfer.load_task(name, toy)
-    text = str(error.value)
-    assert message in text and str(toy) in text and "\n" not in text
+    assert message in one_line(error) and str(toy) in one_line(error)
 
 
 def test_features_of_sentences_and_of_pairs():
-    vectors = {"a": np.float32([1, 2]), "b": np.float32([3, -1])}
-    single, pair = (
-        Task([["a", "b"]], np.array([0, 1]), [2]),
-        Task([["a"], ["b"]], np.array([1]), [1]),
-    )
+    vectors, labels = {"a": np.float32([1, 2]), "b": np.float32([3, -1])}, np.array([0, 1])
+    single, pair = Task([["a", "b"]], labels, [2]), Task([["a"], ["b"]], labels[:1], [1])
     assert transfer.features(single, vectors).tolist() == [[1, 2, 1], [3, -1, 1]]
     assert transfer.features(pair, vectors).tolist() == [[2, 3, 3, -2, 1]]
 
@@ -290,19 +263,13 @@ def counted(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def set_args(monkeypatch, data: Path, *options) -> None:
-    args = ["transfer", str(SMALL), "--data", str(data), *map(str, options)]
-    monkeypatch.setattr(sys, "argv", args)
-
-
 @pytest.mark.parametrize("protocol", transfer.PROTOCOLS)
-def test_command_prints_a_table_and_names_missing_tasks(counted, monkeypatch, capsys, protocol):
+def test_command_prints_a_table_and_names_missing_tasks(counted, command, protocol):
     report, options = counted / "report.json", ("--mode", "fast", "--tasks", "MR,CR,TREC")
-    set_args(monkeypatch, counted, "--protocol", protocol, "--json", report, *options)
-    transfer.main()
-    (out, err), row = capsys.readouterr(), json.loads(report.read_text())
-    assert "MR is left out" in err and "rt-polarity" in err
-    lines = out.splitlines()
+    settings = ("--data", counted, "--protocol", protocol, "--json", report)
+    done = command(transfer.main, SMALL, *settings, *options)
+    row, lines = json.loads(report.read_text()), done.out.splitlines()
+    assert done.code == 0 and "MR is left out" in done.err and "rt-polarity" in done.err
     assert lines[0].split() == [*transfer.TASKS, "Avg."]
     assert lines[-1].startswith("Avg. is of CR, TREC only")
     assert row["average"] == round((row["CR"] + row["TREC"]) / 2, 2) and "MR" not in row
@@ -317,22 +284,15 @@ def test_command_prints_a_table_and_names_missing_tasks(counted, monkeypatch, ca
         (["--tasks", "MRR"], "'MRR' is unknown"),
         (["--tasks", "MR"], "has none of the sets"),
         (["--data", "/no/such"], "no folder STS"),
+        (["--tasks", "CR"], "a model: its embeddings are NaN or infinite"),
     ],
 )
-def test_bad_options_are_one_line_and_exit_2(counted, monkeypatch, capsys, options, message):
-    set_args(monkeypatch, counted, *options)
-    with pytest.raises(SystemExit) as exit:
-        run_main(transfer.main)
-    out, err = capsys.readouterr()
-    assert exit.value.code == 2 and message in err and out == "" and "Traceback" not in err
-
-
-def test_embeddings_with_nan_are_a_user_error(counted, monkeypatch):
-    set_args(monkeypatch, counted, "--tasks", "CR")
+def test_bad_options_are_one_line_and_exit_2(counted, monkeypatch, command, options, message):
     broken = [("a model", "cls", lambda sentences: np.full((len(sentences), 3), np.nan))]
     monkeypatch.setattr(transfer, "load_encoders", lambda args: broken)
-    with pytest.raises(UserError, match="a model: .* NaN or infinite"):
-        transfer.main()
+    done = command(transfer.main, SMALL, "--data", counted, *options)
+    assert done.code == 2 and message in done.err and done.out == ""
+    assert "Traceback" not in done.err
 
 
 # ---------------------------------------------------------------------- real data, if available
@@ -345,37 +305,3 @@ def test_every_real_task_has_its_published_size(senteval):
     assert {name: task.splits for name, task in tasks.items()} == sizes
     for task in tasks.values():
         assert all(len(side) == len(task.labels) == sum(task.splits) for side in task.sentences)
-
-
-def test_subj_cut_to_20_lines_is_refused(senteval, tmp_path):
-    """SentEval's archive before September 2021, with which SUBJ is near 99.6."""
-    (tmp_path / "SUBJ").mkdir()
-    (tmp_path / "SUBJ/subj.objective").symlink_to(senteval / "SUBJ/subj.objective")
-    lines = (senteval / "SUBJ/subj.subjective").read_bytes().split(b"\n")
-    (tmp_path / "SUBJ/subj.subjective").write_bytes(b"\n".join(lines[:20]) + b"\n")
-    with pytest.raises(UserError, match="subj.subjective: 20 items, published are 5000"):
-        transfer.load_task("SUBJ", tmp_path)
-
-
-def compare(name: str, folder: str, mode: str, *tasks: str) -> None:
-    """Real tasks by both protocols and by plain_evaluate. All seven take an hour on one core.
-
-    PYTHONPATH=. python tests/test_transfer.py assets/small-bert DIR test
-    """
-    model = load_model(name)
-    for task_name in tasks or transfer.TASKS:
-        task = transfer.load_task(task_name, find_senteval(folder))
-        unique = list(dict.fromkeys(s for side in task.sentences for s in side))
-        vectors = encode(model.bert, model.tokenizer, unique, model.pooling)
-        X = transfer.features(task, dict(zip(unique, vectors)))
-        results = {
-            p: transfer.evaluate(task, X, f, MODES[mode]) for p, f in transfer.PROTOCOLS.items()
-        }
-        results["plain"] = plain_evaluate(task, X[:, :-1], MODES[mode])
-        differ = int((results["plain"][2] != results["senteval"][2]).sum())
-        row = {protocol: {"dev": dev, "test": test} for protocol, (dev, test, _) in results.items()}
-        print(json.dumps({"task": task_name, "differ_from_plain": differ, **row}), flush=True)
-
-
-if __name__ == "__main__":
-    compare(*sys.argv[1:])

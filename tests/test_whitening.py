@@ -1,20 +1,20 @@
 """lab/whitening.py: covariance 1, equality with scikit-learn, the command."""
 
 import json
-import random
-import sys
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
-import scipy.stats
+from scipy.spatial.distance import cosine
+from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
 
 import eval_sts
+from conftest import ROOT, random_sentences
 from engine.errors import UserError
 from lab import whitening
 
-SMALL = Path(__file__).parent.parent / "assets" / "small-bert"
+SMALL = ROOT / "assets" / "small-bert"
 
 
 def test_whitened_vectors_have_mean_0_and_covariance_1_as_in_scikit_learn():
@@ -38,36 +38,35 @@ def test_whitening_leaves_out_directions_without_variance():
         whitening.whitening(np.full((3, 3), np.nan))
 
 
-def test_whitening_by_itself_is_fitted_on_both_sides_of_the_set():
+@pytest.mark.parametrize("source", ["both sides of the set", "other vectors"])
+def test_scores_are_those_of_vectors_that_scikit_learn_whitens(source):
     rng = np.random.default_rng(7)
-    u, v = rng.normal(size=(30, 4)) + 5, rng.normal(size=(30, 4)) - 2
-    white = np.concatenate(whitening.whiten_self(u, v))
-    np.testing.assert_allclose(np.cov(white.T), np.eye(4), atol=1e-8)
-    gold, sentences = list(range(30)), [f"s{i}" for i in range(60)]
+    u, v, others = rng.normal(size=(30, 4)) + 5, rng.normal(size=(30, 4)) - 2, rng.random((90, 4))
+    fitted = whitening.whitening(others) if source == "other vectors" else None
+    sentences, gold = [f"s{i}" for i in range(60)], list(range(30))
     vectors = dict(zip(sentences, np.concatenate([u, v])))
+
+    def encoder(sentences):
+        return np.stack([vectors[s] for s in sentences])
+
+    transform = partial(whitening.whiten, fitted=fitted)
     sets = {"X": (sentences[:30], sentences[30:], gold)}
-    scores = eval_sts.score_pairs(
-        lambda s: np.stack([vectors[x] for x in s]), sets, whitening.whiten_self
-    )
-    cosines = [1 - scipy.spatial.distance.cosine(a, b) for a, b in zip(white[:30], white[30:])]
-    expected = 100 * scipy.stats.spearmanr(cosines, gold).statistic
-    assert scores["X"] == pytest.approx(expected, abs=1e-9)
+    pca = PCA(whiten=True).fit(np.concatenate([u, v]) if fitted is None else others)
+    cosines = [1 - cosine(*pair) for pair in zip(pca.transform(u), pca.transform(v))]
+    expected = 100 * spearmanr(cosines, gold).statistic
+    assert eval_sts.score_pairs(encoder, sets, transform)["X"] == pytest.approx(expected, abs=1e-9)
 
 
-def test_command_prints_a_row_without_whitening_and_one_for_each_source(
-    made, tmp_path, monkeypatch, capsys
-):
-    text, words = tmp_path / "text.txt", "a man dog plays red guitar the".split()
-    lines = [" ".join(random.Random(i).choices(words, k=5)) for i in range(400)]
-    text.write_text("\n".join(lines) + "\n")
-    options = ["--pooler", "mean,max", "--with", f"self,{text}", "--json", str(tmp_path / "r.json")]
-    args = ["whitening", str(SMALL), "--data", str(made), *options]
-    monkeypatch.setattr(sys, "argv", args)
-    whitening.main()
-    rows = [json.loads(line) for line in (tmp_path / "r.json").read_text().splitlines()]
-    out = capsys.readouterr().out
+def test_command_has_a_row_without_whitening_and_one_for_each_source(made, tmp_path, command):
+    text, file = tmp_path / "text.txt", tmp_path / "rows.json"
+    text.write_text("\n".join(random_sentences(400, 3, 1)) + "\n")
+    options = ["--pooler", "mean,max", "--with", f"self,{text}", "--data", made, "--json", file]
+    out = command(whitening.main, SMALL, *options).out
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row.get("whitened") for row in rows] == [None, "self", str(text)] * 2
-    assert rows[0]["STS12"] != rows[1]["STS12"] != rows[2]["STS12"] != rows[3]["STS12"]
+    assert [row["pooler"] for row in rows] == ["mean"] * 3 + ["max"] * 3
+    assert len({row["STS12"] for row in rows}) == 6
+    assert [row["average"] for row in rows] == [eval_sts.average(row) for row in rows]
     labels = ["mean", "mean, white by itself", "mean, white by text.txt", "max"]
     assert all(f"{SMALL} ({label}) " in out for label in labels)
     assert out.count("development: ") == 6
