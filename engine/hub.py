@@ -106,7 +106,8 @@ def find_senteval(data: str) -> Path:
             with atomic_folder(unpacked) as new, tarfile.open(tar) as archive:
                 archive.extractall(new, filter="data")  # no paths outside
         except (tarfile.TarError, EOFError) as error:
-            raise UserError(f"cannot unpack {tar}: {error}; delete it to try again") from None
+            reason = str(error).split("\n")[0]
+            raise UserError(f"cannot unpack {tar}: {reason}; delete it to try again") from None
     for sts in sorted(unpacked.rglob("STS")):
         return sts.parent
     raise UserError(f"{tar}: no folder STS in it")

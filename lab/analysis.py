@@ -1,13 +1,12 @@
-"""Properties of embeddings: the paper's Tables 9, 10 and 11 and Figure 2, and AskUbuntu.
+"""Properties of embeddings: the paper's Tables 9, 10 and 11 and Figure 2.
 
     python -m lab.analysis neighbours   MODEL... --query "A man is playing a guitar."  # Table 9
     python -m lab.analysis retrieval    MODEL...                                       # Table 10
     python -m lab.analysis uniformity   MODEL...                                       # Table 11
     python -m lab.analysis distribution MODEL... --out results/figures/distribution    # Figure 2
     python -m lab.analysis ratings      MODEL... --out results/figures/ratings  # rating and cosine
-    python -m lab.analysis askubuntu    MODEL... --data DIR    # ranking of duplicate questions
 
-All but the last use the STS-B test set, 1,379 pairs. MODEL and the other flags are eval_sts.py's.
+They use the STS-B test set, 1,379 pairs. MODEL and the other flags are eval_sts.py's.
 
 Shapes: P pairs, n = 2 P sentences (one that occurs twice counts twice), D hidden size.
 Reference: paper sections 6.1 to 6.4 and appendix C; the published code has none of this.
@@ -16,12 +15,10 @@ Reference: paper sections 6.1 to 6.4 and appendix C; the published code has none
 import argparse
 import json
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from data import read_lines
 from embed import POOLINGS, l2_normalize
 from engine.cli import Parser, add_model_flags, positive_int
 from engine.errors import UserError, run_main, write_atomically
@@ -30,7 +27,6 @@ from eval_sts import Encoder, Pairs, load_encoders, load_set
 from lab import plots
 
 QUERIES = ("you can do it , too .", "this is not a problem .", "i think that is not a bad idea .")
-ASKUBUNTU_URL = "https://github.com/taolei87/askubuntu"
 
 # ------------------------------------------------------------------------------------------------
 # Measures. u, v: (P, D) unit vectors of the left and right sentences
@@ -77,51 +73,6 @@ def uniformity(u: np.ndarray, v: np.ndarray) -> float:
     corpus = np.concatenate([u, v])
     squared = 2 - 2 * (corpus @ corpus.T)  # |x - y|^2 of unit vectors
     return float(np.log(np.exp(-2 * squared[np.triu_indices(len(corpus), 1)]).mean()))
-
-
-def rank_scores(positive: list[bool]) -> dict[str, float]:
-    """Of a ranked list, best first: average precision, reciprocal rank, precision, each x 100."""
-    hits = np.asarray(positive, bool)
-    ranks = np.flatnonzero(hits) + 1
-    average_precision = float(np.mean(np.arange(1, len(ranks) + 1) / ranks))
-    scores = {"MAP": 100 * average_precision, "MRR": 100 / float(ranks[0])}
-    return scores | {"P@1": 100 * float(hits[0]), "P@5": 20 * float(hits[:5].sum())}
-
-
-# ------------------------------------------------------------------------------------------------
-# AskUbuntu (Lei et al. 2016), with titles only, as in the TSDAE paper
-
-
-def read_askubuntu(folder: Path, split: str) -> list[tuple[str, list[str], list[bool]]]:
-    """Rows of query, candidates, and whether each is a duplicate of the query.
-
-    Rows without a duplicate are skipped. Files, with tabs between columns: text_tokenized.txt.gz
-    (id, title, body), dev.txt and test.txt (query, duplicates, candidates, BM25 scores).
-    Raises: UserError that names the file and line.
-    """
-    titles, path = {}, folder / "text_tokenized.txt"
-    if not path.is_file() and not (path := folder / f"{path.name}.gz").is_file():
-        raise UserError(f"{folder}: no {path.name} in it; it comes from {ASKUBUNTU_URL}")
-    for number, line in enumerate(read_lines(path), 1):
-        cells = line.split("\t")
-        if len(cells) < 2:
-            raise UserError(f"{path} line {number}: {len(cells)} columns, not id, title and body")
-        titles[cells[0]] = cells[1]
-    rows = []
-    for number, line in enumerate(read_lines(folder / f"{split}.txt"), 1):
-        cells, where = line.split("\t"), f"{folder / split}.txt line {number}"
-        if len(cells) < 3:
-            expected = "query, duplicates and candidates"
-            raise UserError(f"{where}: {len(cells)} columns; expected {expected}")
-        query, duplicates, candidates = cells[0], cells[1].split(), cells[2].split()
-        if unknown := [name for name in [query, *candidates] if name not in titles]:
-            raise UserError(f"{where}: question {unknown[0]} is not in {path.name}")
-        positive = [name in duplicates for name in candidates]
-        if any(positive):
-            rows.append((titles[query], [titles[name] for name in candidates], positive))
-    if not rows:
-        raise UserError(f"{folder / split}.txt: no row has a duplicate")
-    return rows
 
 
 # ------------------------------------------------------------------------------------------------
@@ -185,27 +136,12 @@ def run_cosines(encoder: Encoder, pairs: Pairs, args: argparse.Namespace) -> tup
     return numbers, ", ".join(text)
 
 
-def run_askubuntu(encoder: Encoder, rows: list, args: argparse.Namespace) -> tuple[dict, str]:
-    encoder = partial(encoder, max_length=args.max_length)
-    vectors = vectors_of(
-        encoder, (s for query, candidates, _ in rows for s in (query, *candidates))
-    )
-    scores = []
-    for query, candidates, positive in rows:
-        cosines = np.stack([vectors[candidate] for candidate in candidates]) @ vectors[query]
-        order = np.argsort(-cosines, kind="stable")
-        scores.append(rank_scores([positive[i] for i in order]))
-    numbers = {name: float(np.mean([row[name] for row in scores])) for name in scores[0]}
-    return numbers, f"{join(numbers)} ({len(rows)} queries)"
-
-
 COMMANDS = {
     "neighbours": (run_neighbours, "Table 9: sentences of the STS-B test set nearest to queries"),
     "retrieval": (run_retrieval, "Table 10: recall of the other sentence of a pair rated 5.0"),
     "uniformity": (run_uniformity, "Table 11: alignment and uniformity"),
     "distribution": (run_cosines, "Figure 2: distribution of the cosine by human rating"),
     "ratings": (run_cosines, "human rating against cosine, a point for each pair"),
-    "askubuntu": (run_askubuntu, "duplicates among 20 candidate questions: MAP, MRR, P@1, P@5"),
 }
 PLOTS = {"distribution": plots.plot_ridges, "ratings": plots.plot_ratings}
 
@@ -228,9 +164,6 @@ def parse_args() -> argparse.Namespace:
             add("--out", required=True, metavar="FILE", help="without suffix: FILE.png, FILE.svg")
             add("--labels", nargs="+", metavar="LABEL", help="titles (default: the models' names)")
             command.set_defaults(drawn=[])
-        if name == "askubuntu":
-            add("--split", choices=("dev", "test"), default="test", help="(default: test)")
-            add("--max-length", type=positive_int, default=32, help="tokens (default: 32)")
     args = parser.parse_args()
     panels = len(args.models) * len(args.pooler)
     if (labels := getattr(args, "labels", None)) and len(labels) != panels:
@@ -242,13 +175,10 @@ def main() -> None:
     args = parse_args()
     if args.command in PLOTS:
         plots.load_pyplot()  # is matplotlib installed?
-    if args.command == "askubuntu":
-        data = read_askubuntu(Path(args.data).expanduser(), args.split)
-    else:
-        data = load_set("STSB", find_senteval(args.data))
+    pairs = load_set("STSB", find_senteval(args.data))
     titles, reports = [], []
     for name, pooling, encoder in load_encoders(args):
-        numbers, text = COMMANDS[args.command][0](encoder, data, args)
+        numbers, text = COMMANDS[args.command][0](encoder, pairs, args)
         print(f"{name} ({pooling}): {text}", flush=True)
         titles.append(Path(name).name + f"\n{pooling}" * (len(args.pooler) > 1))
         reports.append({"model": name, "pooler": pooling, "command": args.command, **numbers})

@@ -1,7 +1,6 @@
-"""lab/analysis.py: measures by hand and against a double loop, AskUbuntu's files, the commands.
+"""lab/analysis.py: measures by hand and against a double loop, and the commands.
 And lab/plots.py: what is drawn."""
 
-import gzip
 import json
 import math
 from pathlib import Path
@@ -9,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.stats import binned_statistic
-from sklearn.metrics import average_precision_score
 
 import eval_sts
 from embed import DiffCSE, l2_normalize
@@ -63,18 +61,6 @@ def test_alignment_and_uniformity_equal_a_double_loop():
         assert analysis.uniformity(u, v) == pytest.approx(expected, abs=1e-12)
 
 
-def test_rank_scores_equal_scikit_learn():
-    rng = np.random.default_rng(0)
-    for _ in range(100):
-        hits = rng.random(20) < 0.3
-        hits[rng.integers(20)] = True
-        ours = analysis.rank_scores(hits.tolist())
-        average_precision = average_precision_score(hits, -np.arange(20))
-        assert ours["MAP"] == pytest.approx(100 * average_precision, abs=1e-9)
-        assert ours["MRR"] == pytest.approx(100 / (1 + hits.argmax()))
-        assert ours["P@1"] == 100 * hits[0] and ours["P@5"] == pytest.approx(100 * hits[:5].mean())
-
-
 def test_nearest_is_without_the_query_and_ties_keep_their_order():
     vectors = {"a": [0.6, 0.8], "b": [1, 0], "c": [0.6, 0.8], "d": [-1, 0], "q": [1, 0]}
     vectors = {name: np.array(vector) for name, vector in vectors.items()}
@@ -82,56 +68,11 @@ def test_nearest_is_without_the_query_and_ties_keep_their_order():
     assert found == [("b", 1.0), ("a", 0.6), ("c", 0.6)]
 
 
-# -------------------------------------------------------------------------------------- AskUbuntu
-
-
-@pytest.fixture
-def askubuntu(tmp_path) -> Path:
-    """Files in the public format; the second row of test.txt has no duplicate."""
-    text = "\n".join(f"{i}\ttitle {i} of a question\tbody {i} , long" for i in range(10, 40))
-    (tmp_path / "text_tokenized.txt.gz").write_bytes(gzip.compress(text.encode()))
-    candidates = [" ".join(map(str, range(11 + s, 31 + s))) for s in (0, 5, 9)]
-    (tmp_path / "test.txt").write_text(
-        f"10\t12 15\t{candidates[0]}\t1.5 2\n10\t\t{candidates[1]}\t3\n20\t30\t{candidates[2]}\t3\n"
-    )
-    (tmp_path / "dev.txt").write_text(f"10\t12\t{candidates[0]}\t1\n")
-    return tmp_path
-
-
-def test_askubuntu_is_read_and_rows_without_a_duplicate_are_skipped(askubuntu):
-    rows = analysis.read_askubuntu(askubuntu, "test")
-    assert [row[0] for row in rows] == ["title 10 of a question", "title 20 of a question"]
-    assert [len(row[1]) for row in rows] == [20, 20] and rows[0][1][1] == "title 12 of a question"
-    assert [np.flatnonzero(row[2]).tolist() for row in rows] == [[1, 4], [10]]
-    packed = askubuntu / "text_tokenized.txt.gz"
-    packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
-    packed.unlink()
-    assert analysis.read_askubuntu(askubuntu, "test") == rows
-
-
-@pytest.mark.parametrize(
-    "old, new, message",
-    [
-        ("20\t30", "99\t30", "test.txt line 3: question 99 is not in text_tokenized.txt.gz"),
-        ("10\t12 15", "10 12 15", "test.txt line 1: question 10 12 15"),
-        ("10\t12 15\t", "10\t", "test.txt line 1: question 1.5"),
-        (None, "10\t11", "test.txt line 1: 2 columns"),
-        (None, "10\t\t11\t1", "no row has a duplicate"),
-    ],
-)
-def test_damaged_askubuntu_is_a_user_error(askubuntu, old, new, message):
-    text = (askubuntu / "test.txt").read_text()
-    (askubuntu / "test.txt").write_text(text.replace(old, new, 1) if old else new + "\n")
-    with pytest.raises(UserError) as error:
-        analysis.read_askubuntu(askubuntu, "test")
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
 # ------------------------------------------------------------------------------------- the commands
 
 
-def test_commands_print_and_write_the_same_numbers(made, askubuntu, tmp_path, command):
-    """Table 9's neighbours, Table 10's recall, Table 11, and AskUbuntu, of the same vectors."""
+def test_commands_print_and_write_the_same_numbers(made, tmp_path, command):
+    """Table 9's neighbours, Table 10's recall and Table 11, of the same vectors."""
     path, poolers = tmp_path / "r.json", ["mean", "cls_before_pooler"]
 
     def run(*words) -> tuple[str, list[dict]]:
@@ -155,12 +96,6 @@ def test_commands_print_and_write_the_same_numbers(made, askubuntu, tmp_path, co
     model.build_index(list(dict.fromkeys(left + right)))
     assert [name for name, _ in row[query]] == [s for s, _ in model.search(query, top_k=2)]
     assert all(f"{cosine:.2f}  {text}" in out for text, cosine in row[query])
-    out, (row,) = run("askubuntu", SMALL, "--data", askubuntu)
-    scores = []
-    for title, candidates, positive in analysis.read_askubuntu(askubuntu, "test"):
-        cosines = model.similarity(title, candidates)
-        scores.append(average_precision_score(positive, np.asarray(cosines)))
-    assert "(2 queries)" in out and row["MAP"] == pytest.approx(100 * np.mean(scores), abs=1e-4)
     for name in ("distribution", "ratings"):
         out, (row,) = run(name, SMALL, "--data", made, "--out", tmp_path / name)
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -183,8 +118,6 @@ def test_commands_print_and_write_the_same_numbers(made, askubuntu, tmp_path, co
         (["uniformity", SMALL, "--threshold", "50"], "no pair is rated above 50"),
         (["ratings", SMALL], "required: --out"),
         (["ratings", SMALL, "--out", "x", "--labels", "a", "b"], "2 labels for 1 panels"),
-        (["askubuntu", SMALL, "--data", "/no/such"], "no text_tokenized.txt.gz in it; it comes"),
-        (["askubuntu", SMALL, "--data", "/no", "--split", "train"], "invalid choice: 'train'"),
     ],
 )
 def test_mistakes_are_one_line(made, command, words, message):
