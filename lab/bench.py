@@ -69,11 +69,16 @@ def work_once() -> dict:
 
 
 def peak_memory() -> int:
-    """The most memory that this process has had, in MB: the card's if it uses one. Linux only."""
+    """The most memory that this process has had, in MB (the card's if it uses one).
+
+    0 on a system without Linux's /proc.
+    """
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() >> 20
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) >> 10
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) >> 10
 
 
 def take_turns(sides: dict[str, Callable], rounds: int) -> dict[str, dict]:

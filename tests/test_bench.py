@@ -95,7 +95,7 @@ def test_sides_are_processes_that_take_turns(tmp_path):
     assert Path(calls).read_text() == "ba" + "ab" + "ba"
     assert len({a["result"], b["result"], os.getpid()}) == 3
     for side, least in ((a, [0.3, 0.6]), (b, [0.4, 0.5])):
-        assert len(side["seconds"]) == 2 and 50 < side["MB"] < 5000
+        assert len(side["seconds"]) == 2
         assert all(seconds >= low for seconds, low in zip(side["seconds"], least))
     with pytest.raises(UserError, match="nowhere: no such model folder"):
         bench.take_turns({"a": partial(bench.evaluate_side, "/nowhere", "", "off")}, 1)
@@ -144,7 +144,7 @@ def test_steps(command, tmp_path, in_process):
     (row,) = result["rows"]
     assert list(row["sides"]) == ["fast on", "fast off", "transformers"]
     for side in row["sides"].values():
-        assert side["seconds"][0] > 0 and side["MB"] > 50 and 1 < side["result"] < 50
+        assert side["seconds"][0] > 0 and 1 < side["result"] < 50
     median = row["times_as_fast"]["fast on / transformers"]["median"]
     assert result["geometric_means"]["fast on / transformers"] == median
 
@@ -192,6 +192,7 @@ def test_memory_and_open_files_of_a_process(tmp_path):
     before = crash.look(os.getpid())
     with open(tmp_path / "a", "w"), open(tmp_path / "b", "w"):
         assert crash.look(os.getpid())["files"] == before["files"] + 2 and before["MB"] > 10
+    assert before["MB"] <= bench.peak_memory() < 10_000
 
 
 def test_everything_but_times_is_compared_after_a_crash(tmp_path):

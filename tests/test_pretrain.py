@@ -21,6 +21,7 @@ from conftest import ROOT, one_line, read_log
 
 from bert import load_bert, read_safetensors, save_bert
 from data import Batch, Tokenizer
+from diffcse import derive_seed
 from engine.checkpoint import STATE, load_state, locked, save_state
 from engine.errors import UserError
 from engine.tokens import TokenizedSentences
@@ -321,8 +322,8 @@ def test_the_held_out_score_equals_a_loop_on_transformers(theirs):
         the world. He was born in New York."""
     odd = """Señor Ünïcödé wrote 3,141 extraordinarily unpronounceable words about xylophones ☃
         quietly."""
-    long = " ".join(["antidisestablishmentarianism"] * 50)
-    text = [*make_paragraphs(12), *[known] * 10, *[odd] * 3, long, ""]
+    long = [" ".join(["a"] * n + ["antidisestablishmentarianism"] * 30) for n in range(9)]
+    text = [*make_paragraphs(12), *[known] * 10, *[odd] * 3, *long * 4, ""]  # some words end at 128
     result, of_words = pretrain.score_held_out(model, tokenizer, text)
 
     # The same words, found without word_ids: later pieces of a word begin with ##.
@@ -391,31 +392,34 @@ def test_a_run_is_read_by_transformers_and_overwritten(text, tmp_path, run):
 
 
 def test_a_stopped_run_is_resumed_exactly(tmp_path, start, run, monkeypatch):
-    options = {"start": start, "vocab": None, "layers": None, "hidden": None, "steps": 8}
-    plain_step, signals = pretrain.train_step, []
+    whole, stopped, batches = tmp_path / "whole", tmp_path / "stopped", []
+    options = {"start": start, "vocab": None, "layers": None, "hidden": None, "seed": 7}
+    plain_step = pretrain.train_step
 
-    def step_and_signal(*args):
-        signals.append(args)
-        if len(signals) == 5:
+    def step(model, optimizer, batch, *args):
+        batches.append(batch)
+        if len(batches) == 8 + 5:
             os.kill(os.getpid(), signal.SIGTERM)
-        return plain_step(*args)
+        return plain_step(model, optimizer, batch, *args)
 
-    assert run(tmp_path / "whole", **options).code == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "train_step", step_and_signal)
-        stopped = run(tmp_path / "stopped", **options)
-    assert stopped.code == 143 and "to continue, add --resume" in stopped.err
-    assert read_log(tmp_path / "stopped")[-1]["step"] == 5
-    with locked(tmp_path / "stopped"):
-        assert "is in use" in run(tmp_path / "stopped", resume=True, **options).err
-    assert run(tmp_path / "stopped", resume=True, **options).code == 0
-    names = ("step", "tokens", "minutes", "loss", "accuracy")
-    logs = [read_log(tmp_path / name) for name in ("whole", "stopped")]
-    assert [[row[n] for n in names] for row in logs[0]] == [
-        [row[n] for n in names] for row in logs[1]
-    ]
-    whole, resumed = (load_state(tmp_path / name)[0] for name in ("whole", "stopped"))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    monkeypatch.setattr(pretrain, "train_step", step)
+    assert run(whole, 8, **options).code == 0
+    code, _, error = run(stopped, 8, **options)
+    assert code == 143 and "to continue, add --resume" in error
+    assert read_log(stopped)[-1]["step"] == 5
+    with locked(stopped):
+        assert "is in use" in run(stopped, 8, resume=True, **options).err
+    assert run(stopped, 8, resume=True, **options).code == 0
+    names = ("step", "tokens", "minutes", "loss", "accuracy")  # the means of losses begin again
+    logs = [[[row[n] for n in names] for row in read_log(out)] for out in (whole, stopped)]
+    assert logs[0] == logs[1]
+    states = [load_state(out)[0] for out in (whole, stopped)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    continues = pretrain.continuing_pieces(tokenizer := Tokenizer(start))
+    for number, batch in enumerate(batches[:8]):
+        rng = torch.Generator().manual_seed(derive_seed(7, 2, number))
+        expected = pretrain.mask_words(batch.x, tokenizer, continues, rng)
+        assert torch.equal(batch.x_masked, expected[0])
 
 
 def test_a_run_starts_from_another_model_or_from_its_vocabulary_alone(text, tmp_path, start, run):
@@ -453,13 +457,12 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, run, changes, message
     assert re.search(message, error) and error.count("\n") == 1
 
 
-def test_a_diverged_run_keeps_the_last_saved_state(tmp_path, run, monkeypatch):
-    assert run(tmp_path / "model").code == 0
-    before = contents(tmp_path / "model")
-    monkeypatch.setattr(pretrain, "train_step", lambda *args: (math.nan, 1.0))
-    code, _, error = run(tmp_path / "model", 5, resume=True)
-    assert code == 2 and "NaN or infinite at step 4" in error
-    assert contents(tmp_path / "model") == before
+def test_a_run_is_saved_every_five_minutes_until_it_diverges(tmp_path, run, monkeypatch):
+    losses = iter([(1.0, 1.0)] * 310 + [(math.nan, 1.0)])
+    monkeypatch.setattr(pretrain, "train_step", lambda *args: next(losses))
+    code, _, error = run(tmp_path / "model", 400)
+    assert code == 2 and "NaN or infinite at step 311" in error
+    assert load_state(tmp_path / "model")[1]["pretraining"]["step"] == 301
 
 
 def test_only_a_folder_of_this_program_is_resumed_or_overwritten(tmp_path, run):
@@ -491,9 +494,12 @@ def test_models_are_scored_without_training(text, tmp_path, command):
     save_bert(model, tmp_path / "other")
     tokenizer.save(tmp_path / "other", 128)
     expected.append(pretrain.score_held_out(model, tokenizer, held_out))
-    printed = command(pretrain.main, "--text", text, "--score", SMALL, tmp_path / "other").out
+    printed = command(
+        pretrain.main, "--text", text, "--score", SMALL, tmp_path / "other", SMALL
+    ).out
     rows = [json.loads(line) for line in printed.splitlines()]
     assert rows[0] == {"model": str(SMALL), **expected[0][0]}
+    assert rows[2] == {**rows[0], "loss_minus_first": 0, "standard_error": 0}
     difference = rows[1]["loss_minus_first"]
     assert difference == pytest.approx(rows[1]["loss"] - rows[0]["loss"], abs=2e-4)
     test = scipy.stats.ttest_rel(expected[1][1].numpy(), expected[0][1].numpy())
