@@ -80,7 +80,7 @@ def load_task(name: str, senteval: Path) -> Task:
             raise UserError(f"{path}: {len(rows)} items, published are {expected}")
         splits.append(rows)
     if name not in LINES:
-        splits = [splits[1] + splits[0]]  # SentEval's order: class 1 first
+        splits = [splits[0] + splits[1]]
     for rows in splits:
         rows.sort(key=lambda row: (*map(len, row[:-1]), row[-1]))
     *columns, labels = zip(*sum(splits, []))

@@ -322,8 +322,14 @@ def test_the_held_out_score_equals_a_loop_on_transformers(theirs):
         the world. He was born in New York."""
     odd = """Señor Ünïcödé wrote 3,141 extraordinarily unpronounceable words about xylophones ☃
         quietly."""
-    long = [" ".join(["a"] * n + ["antidisestablishmentarianism"] * 30) for n in range(9)]
-    text = [*make_paragraphs(12), *[known] * 10, *[odd] * 3, *long * 4, ""]  # some words end at 128
+    long = [" ".join(["a"] * n + ["antidisestablishmentarianism"] * 25) for n in (1, 2)]
+    text = [
+        *make_paragraphs(12),
+        *[known] * 10,
+        *[odd] * 3,
+        *long * 20,
+        "",
+    ]  # some words end at 128
     result, of_words = pretrain.score_held_out(model, tokenizer, text)
 
     # The same words, found without word_ids: later pieces of a word begin with ##.
