@@ -92,7 +92,8 @@ def check_command(words: list[str]) -> str:
         words, configs["lab.ablations"] = words[1:], AblationConfig
     if words[0] in configs:
         if "--resume" not in words and "-h" not in words:  # a resumed run has to exist
-            parse(configs[words[0]], PRESETS, words[1:])
+            preset = ["--config", "demo"] * ("--config" not in words)  # a sentence may leave it out
+            parse(configs[words[0]], PRESETS, [*preset, *words[1:]])
         return words[0]
     if words[0] == "-m":
         module, rest = words[1], words[2:]

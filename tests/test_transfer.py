@@ -1,6 +1,7 @@
 """lab/transfer.py: both protocols against scikit-learn and plain torch, data files, the command."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -69,10 +70,10 @@ def plain_evaluate(task: Task, X: torch.Tensor, mode: Mode):
             pairs, validation = [(train[a], train[b]) for a, b in folds(y[train])], None
         scores = [
             [plain_fit(X[a], y[a], classes, l2, mode, (X[b], y[b]))[0] for a, b in pairs]
-            for l2 in L2
+            for l2 in transfer.L2
         ]
         scores = [round(100 * np.mean(row), 2) for row in scores]
-        l2 = L2[int(np.argmax(scores))]
+        l2 = transfer.L2[int(np.argmax(scores))]
         predicted[test] = plain_fit(X[train], y[train], classes, l2, mode, validation)[1](X[test])
         devs.append(max(scores))
         tests.append(round(100 * np.mean((predicted[test] == y[test]).numpy()), 2))
@@ -99,7 +100,12 @@ QUICK = {"Adam": Mode(3, "Adam", 16, 2, 2), "RMSprop": Mode(4, "RMSprop", 32, 1,
 @pytest.mark.parametrize(
     "splits, classes", [([203], 2), ([151], 3), ([170, 61], 4), ([180, 50, 70], 2)]
 )
-def test_senteval_protocol_equals_plain_torch_to_the_last_item(optimizer, splits, classes):
+def test_senteval_protocol_equals_plain_torch_to_the_last_item(
+    optimizer, splits, classes, monkeypatch
+):
+    monkeypatch.setattr(
+        transfer, "L2", np.array([3, 1e-5, 1e-2, 0.3])
+    )  # so that the choice matters
     for seed in range(2):
         task, X = made_task(seed, splits, classes)
         ours = transfer.evaluate(task, with_constant(X), transfer.fit_senteval, QUICK[optimizer])
@@ -107,13 +113,19 @@ def test_senteval_protocol_equals_plain_torch_to_the_last_item(optimizer, splits
         assert ours[2].tolist() == plain[2].tolist() and ours[:2] == plain[:2]
 
 
-def test_a_fit_stops_as_published_and_after_200_epochs_at_the_latest():
+def test_a_fit_stops_as_published_and_after_200_epochs_at_the_latest(monkeypatch):
     """Evaluations without gain are counted without reset; a stopped fit does not affect others."""
     task, X = made_task(5, [120], 2)
     folds, y = transfer.stratified_folds(task.labels, 4), torch.from_numpy(task.labels)
+    steps, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (steps.append(1), step(self)))
     for settings in (("Adam", 30, 0, 1), ("Adam", 30, 10**6, 40), ("RMSprop", 30, 3, 7)):
         mode, grid = Mode(4, *settings), np.tile(L2, (4, 1))
+        steps.clear()
         weights, best = transfer.fit_senteval(with_constant(X), y, 2, folds, grid, mode)
+        if mode.epochs == 40:  # 240 epochs: at 200 it still goes on
+            sizes = {len(train) for train, _ in folds}  # fits of a size are stepped together
+            assert len(steps) == 240 * sum(math.ceil(size / 30) for size in sizes)
         for f, (train, dev) in enumerate(folds):
             for i, l2 in enumerate(L2):
                 plain = plain_fit(X[train], y[train], 2, l2, mode, (X[dev], y[dev]))
