@@ -10,6 +10,7 @@ Shapes: P pairs of sentences.
 """
 
 import io
+import itertools
 import json
 import re
 from html import escape
@@ -85,25 +86,17 @@ def read_log(path: Path) -> list[dict]:
 
 
 def mean_curve(logs: list[list[dict]], field: str) -> dict[str, list]:
-    """Mean and standard deviation over runs of a field at each step. Shapes: four lists (n,).
-
-    Steps that a run lacks are left out, but an unfinished run ends early and the others continue.
-    """
-    values = [
-        {row["step"]: row[field] for row in log if row.get(field) is not None} for log in logs
-    ]
-    last, steps = [max(at, default=-1) for at in values], {}
-    for step in sorted(set().union(*values)):
-        found = [at.get(step) for at, end in zip(values, last) if step <= end]
-        if None not in found:
-            steps[step] = found
-    mean, std = ([round(float(f(x)), 6) for x in steps.values()] for f in (np.mean, np.std))
-    return {
-        "steps": list(steps),
-        "mean": mean,
-        "std": std,
-        "runs": [len(x) for x in steps.values()],
-    }
+    """Mean and standard deviation of a field at each step, over the runs that logged it there."""
+    values = {}  # step -> a number of each run
+    for row in itertools.chain(*logs):
+        if row.get(field) is not None:
+            values.setdefault(row["step"], []).append(row[field])
+    curve = {"steps": sorted(values), "mean": [], "std": [], "runs": []}
+    for step in curve["steps"]:
+        curve["mean"].append(round(float(np.mean(values[step])), 6))
+        curve["std"].append(round(float(np.std(values[step])), 6))
+        curve["runs"].append(len(values[step]))
+    return curve
 
 
 def plot_curves(labels: list[str], curves: list[dict[str, list]], ylabel: str = ""):
@@ -119,22 +112,6 @@ def plot_curves(labels: list[str], curves: list[dict[str, list]], ylabel: str = 
     return fig
 
 
-def plot_pretraining(log: list[dict], others: list[dict]):
-    """Held-out loss and accuracy per word against tokens seen, with other models as lines."""
-    fig, axes = figure(rows=2)
-    tokens = [row["tokens"] / 1e6 for row in log]
-    labels = ("held-out loss, nats per word", "held-out accuracy, %")
-    for axis, name, label, scale in zip(axes[:, 0], ("loss", "accuracy"), labels, (1, 100)):
-        axis.plot(tokens, [scale * row[name] for row in log], label="assets/small-bert")
-        for other in others:
-            value = scale * other[name]
-            axis.plot([tokens[0], tokens[-1]], [value, value], label=other["model"])
-        axis.set_ylabel(label)
-    axes[0, 0].legend()
-    axes[1, 0].set_xlabel("tokens seen, millions")
-    return fig
-
-
 # ------------------------------------------------------------------------------------------------
 # Cosines and ratings of pairs (paper Figure 2)
 
@@ -147,47 +124,45 @@ def group_ratings(ratings: np.ndarray) -> tuple[np.ndarray, list[str]]:
     return groups, [f"{a:.3g}-{b:.3g}" for a, b in zip(edges, edges[1:])]
 
 
-def plot_ridges(drawn: list[Panel], lowest: float | None = None):
+def figure_of_panels(panels: list[Panel]):
+    """A figure, and an axis for each panel, side by side."""
+    fig, (axes,) = figure(columns=len(panels), height=2.6)
+    for axis, (title, _, _) in zip(axes, panels):
+        axis.set(xlabel="cosine similarity", ylabel="human rating")
+        axis.set_title(title, fontsize=8)
+        axis.label_outer()
+    return fig, axes
+
+
+def plot_ridges(panels: list[Panel], lowest: float = 1):
     """The distribution of the cosine in each group of ratings, and its median.
 
-    lowest: the start of the axis.
+    The axis starts at the lowest cosine, or at `lowest` if that is lower.
     """
-    fig, axes = figure(columns=len(drawn), height=2.6)
-    lowest = min(cosines.min() for _, cosines, _ in drawn) if lowest is None else lowest
-    edges = np.linspace(lowest, 1, 31)
-    middles, panels = (edges[1:] + edges[:-1]) / 2, []
-    for _, cosines, ratings in drawn:
+    edges = np.linspace(min(lowest, *(cosines.min() for _, cosines, _ in panels)), 1, 31)
+    middles = (edges[1:] + edges[:-1]) / 2
+    fig, axes = figure_of_panels(panels)
+    for axis, (_, cosines, ratings) in zip(axes, panels):
         groups, names = group_ratings(ratings)
         in_group = [np.minimum(cosines[groups == i], 1) for i in range(5)]  # rounding exceeds 1
-        panels.append((in_group, [np.histogram(c, edges)[0] / max(1, len(c)) for c in in_group]))
-    highest = max(np.max(density) for _, density in panels)
-    for axis, (title, _, _), (in_group, density) in zip(axes[0], drawn, panels):
-        for i, cosines in enumerate(in_group):
-            height = i + 0.95 * density[i] / highest
+        densities = [np.histogram(c, edges)[0] / max(1, len(c)) for c in in_group]
+        for i, (c, density) in enumerate(zip(in_group, densities)):
+            height = i + 0.95 * density / np.max(densities)
             axis.fill_between(middles, i, height, color="black", alpha=0.25, lw=0)
             axis.plot(middles, height, color="black", linestyle="-", lw=0.8)
-            if len(cosines):
-                median = np.median(cosines)
-                axis.plot([median, median], [i, i + 0.25], color="black", linestyle="-", lw=2)
+            if len(c):
+                axis.plot([np.median(c)] * 2, [i, i + 0.25], color="black", linestyle="-", lw=2)
         axis.grid(axis="y", visible=False)
         axis.set_yticks(range(5), names)
-        label_panel(axis, title)
     return fig
 
 
-def plot_ratings(drawn: list[Panel]):
+def plot_ratings(panels: list[Panel]):
     """Rating against cosine, a point for each pair."""
-    fig, axes = figure(columns=len(drawn), height=2.6)
-    for axis, (title, cosines, ratings) in zip(axes[0], drawn):
+    fig, axes = figure_of_panels(panels)
+    for axis, (_, cosines, ratings) in zip(axes, panels):
         axis.scatter(cosines, ratings, s=3, color="black", alpha=0.25, linewidths=0)
-        label_panel(axis, title)
     return fig
-
-
-def label_panel(axis, title: str) -> None:
-    axis.set(xlabel="cosine similarity", ylabel="human rating")
-    axis.set_title(title, fontsize=8)
-    axis.label_outer()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -195,39 +170,45 @@ def label_panel(axis, title: str) -> None:
 
 
 def pretraining(out: str) -> None:
-    models = read_log(RESULTS / "pretrain" / "held_out.jsonl")
-    others = [row for row in models if row["model"] != "assets/small-bert"]
-    save(plot_pretraining(read_log(RESULTS / "pretrain" / "log.jsonl"), others), out)
+    """Held-out loss and accuracy per word against tokens seen, with other models as lines."""
+    log, models = (read_log(RESULTS / "pretrain" / f"{n}.jsonl") for n in ("log", "held_out"))
+    fig, axes = figure(rows=2)
+    tokens = [row["tokens"] / 1e6 for row in log]
+    labels = ("held-out loss, nats per word", "held-out accuracy, %")
+    for axis, name, label, scale in zip(axes[:, 0], ("loss", "accuracy"), labels, (1, 100)):
+        axis.plot(tokens, [scale * row[name] for row in log], label="assets/small-bert")
+        for model in models:
+            if model["model"] != "assets/small-bert":
+                value = scale * model[name]
+                axis.plot([tokens[0], tokens[-1]], [value, value], label=model["model"])
+        axis.set_ylabel(label)
+    axes[0, 0].legend()
+    axes[1, 0].set_xlabel("tokens seen, millions")
+    save(fig, out)
 
 
-def steps(out: str, folders: list[str], labels: list[str] | None = None) -> None:
+def steps(out: str, folders: list[Path]) -> None:
     """The development score of each folder: of a run, or of the runs in its folders seed*."""
-    labels, curves = labels or [Path(folder).name for folder in folders], []
-    if len(labels) != len(folders):
-        raise UserError(f"--labels: {len(labels)} labels for {len(folders)} folders")
-    for folder in map(Path, folders):
-        log = folder / "log.jsonl"
-        logs = [log] if log.is_file() else sorted(folder.glob("seed*/log.jsonl"))
+    curves = []
+    for folder in folders:
+        logs = list(folder.glob("log.jsonl")) or sorted(folder.glob("seed*/log.jsonl"))
         curves.append(mean_curve([read_log(log) for log in logs], "score"))
         if not curves[-1]["steps"]:
             raise UserError(f"{folder}: no log.jsonl with scores, nor seed*/log.jsonl")
-    save(plot_curves(labels, curves, "development score x 100"), out)
+    save(plot_curves([folder.name for folder in folders], curves, "development score x 100"), out)
 
 
 def main() -> None:
-    parser = Parser(prog="python -m lab.plots", description=__doc__.partition("\n")[0])
-    commands = parser.add_subparsers(dest="plot", required=True, metavar="PLOT")
-    out = {"required": True, "metavar": "FILE", "help": "without suffix: .png and .svg are written"}
-    text = "held-out loss of the small BERT"
-    commands.add_parser("pretraining", help=text, description=text).add_argument("--out", **out)
-    text = "score against step of several runs"
-    sub = commands.add_parser("steps", help=text, description=text)
-    sub.add_argument("folders", metavar="RUN", nargs="+", help="a run, or a folder with seed*/")
-    sub.add_argument("--labels", nargs="+", metavar="LABEL", help="(default: the folders' names)")
-    sub.add_argument("--out", **out)
-    args = parser.parse_args()
+    parser = Parser("python -m lab.plots", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("plot", choices=("pretraining", "steps"))
+    add("folders", metavar="RUN", nargs="*", type=Path, help="for steps: a run, or of runs seed*")
+    add("--out", required=True, metavar="FILE", help="without suffix: .png and .svg are written")
+    args = parser.parse_intermixed_args()
+    if bool(args.folders) != (args.plot == "steps"):
+        parser.error("steps needs RUN, pretraining takes none")
     if args.plot == "steps":
-        steps(args.out, args.folders, args.labels)
+        steps(args.out, args.folders)
     else:
         pretraining(args.out)
 

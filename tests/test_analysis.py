@@ -145,71 +145,73 @@ def test_the_papers_97_pairs_and_2758_sentences(senteval):
 
 
 def test_mean_curve_equals_numpy():
-    """An unfinished run ends early; a step that a run lacks, or where it has no value, is left
-    out."""
+    """Runs end at different steps. A step counts for the runs that have a value there."""
     rng = np.random.default_rng(0)
-    values = {0: rng.random(5), 1: rng.random(5), 2: rng.random(3)}
-    logs = [[{"step": 10 * i, "x": x} for i, x in enumerate(row)] for row in values.values()]
-    for log in logs:
-        log[1:1] = [{"step": 5, "y": 1.0}, {"step": 7, "x": None}]
-    logs[0].insert(1, {"step": 3, "x": 1.0})
+    values = {0: [*rng.random(4)], 3: [0.5], 10: [*rng.random(2)], 20: [*rng.random(3)]}
+    logs = [[{"step": 5, "y": 1.0}, {"step": 7, "x": None}] for _ in range(4)]
+    for step, numbers in reversed(values.items()):
+        for log, x in zip(logs, numbers):
+            log.append({"step": step, "x": x})
     curve = plots.mean_curve(logs, "x")
-    assert curve["steps"] == [0, 10, 20, 30, 40] and curve["runs"] == [3, 3, 3, 2, 2]
-    for i in range(5):
-        found = [row[i] for row in values.values() if i < len(row)]
-        expected = [np.mean(found), np.std(found)]
-        assert [curve["mean"][i], curve["std"][i]] == pytest.approx(expected, abs=1e-6)
+    assert curve["steps"] == list(values) and curve["runs"] == [4, 1, 2, 3]
+    for name, function in (("mean", np.mean), ("std", np.std)):
+        assert curve[name] == pytest.approx([function(x) for x in values.values()], abs=1e-6)
     assert plots.mean_curve(logs, "z") == {"steps": [], "mean": [], "std": [], "runs": []}
 
 
-def test_the_command_steps_draws_means_and_deviations(tmp_path, command, monkeypatch):
-    drawn, scores = (
-        [],
-        {"a/seed0": [60, 62, 64], "a/seed1": [61, 63, 67], "one": [50, 55], "no": []},
-    )
+def write_log(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """The figures that the commands save."""
+    figures, save = [], plots.save
+    monkeypatch.setattr(plots, "save", lambda fig, out: figures.append(fig) or save(fig, out))
+    return figures
+
+
+def test_the_command_steps_draws_means_and_deviations(tmp_path, command, drawn):
+    scores = {"a/seed0": [60, 62, 64], "a/seed1": [61, 63, 67], "b/a": [50, 55], "no": []}
     for name, values in scores.items():
-        (tmp_path / name).mkdir(parents=True)
         rows = [{"step": 20 * i, "score": x} for i, x in enumerate(values)] + [{"step": 9}]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / name / "log.jsonl").write_text(text)
-    monkeypatch.setattr(plots, "save", lambda fig, out: drawn.append((fig, out)))
-    folders = [tmp_path / "a", tmp_path / "one"]
-    words = ["steps", *folders, "--labels", "same", "same", "--out", "curves"]
-    assert command(plots.main, *words).code == 0
-    ((fig, out),) = drawn
-    (axis,) = fig.axes
+        write_log(tmp_path / name / "log.jsonl", rows)
+    out = tmp_path / "new" / "curves"
+    done = command(plots.main, "steps", tmp_path / "a", tmp_path / "b" / "a", "--out", out)
+    assert done.out.split() == [f"{out}.png", f"{out}.svg"]
+    assert Path(f"{out}.png").read_bytes().startswith(b"\x89PNG")
+    (axis,) = drawn[0].axes
     lines = [line.get_xydata().tolist() for line in axis.lines]
-    assert lines == [[[0, 60.5], [20, 62.5], [40, 65.5]], [[0, 50], [20, 55]]] and out == "curves"
-    assert axis.collections[0].get_paths()[0].get_extents().y1 == 67  # 65.5 and 1.5
-    assert axis.collections[0].get_paths()[0].get_extents().y0 == 60
-    assert [text.get_text() for text in fig.legends[0].texts] == ["same", "same"]
+    assert lines == [[[0, 60.5], [20, 62.5], [40, 65.5]], [[0, 50], [20, 55]]]
+    band = axis.collections[0].get_paths()[0].get_extents()
+    assert (band.y0, band.y1) == (60, 67)  # 60.5 - 0.5, 65.5 + 1.5
+    assert [text.get_text() for text in drawn[0].legends[0].texts] == ["a", "a"]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("steps", "development score x 100")
     styles = {(line.get_color(), str(line._unscaled_dash_pattern)) for line in axis.lines}
-    assert len(styles) == 2 and axis.get_xlabel() == "steps"
+    assert len(styles) == 2
     for words, message in [
         (["steps", tmp_path / "no"], "no log.jsonl with scores"),
         (["steps", tmp_path], "no log.jsonl with scores"),
-        (["steps", *folders, "--labels", "a"], "--labels: 1 labels for 2 folders"),
+        (["steps"], "steps needs RUN"),
+        (["pretraining", tmp_path], "pretraining takes none"),
     ]:
         done = command(plots.main, *words, "--out", "x")
         assert done.code == 2 and message in done.err and done.err.count("\n") == 1
 
 
-def test_the_command_pretraining_draws_the_log(tmp_path, command, monkeypatch):
-    rows = [{"tokens": 1e6 * (i + 1), "loss": 5 - i, "accuracy": 0.1 * i} for i in range(3)]
-    models = ["assets/small-bert", "another"]
-    models = [{"model": name, "loss": 4.25, "accuracy": 0.3} for name in models]
-    (tmp_path / "pretrain").mkdir()
-    for name, lines in {"log": rows, "held_out": models}.items():
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (tmp_path / "pretrain" / f"{name}.jsonl").write_text(text)
-    drawn, save = [], plots.save
+def test_the_command_pretraining_draws_the_log(tmp_path, command, monkeypatch, drawn):
+    log = [{"tokens": 1e6 * (i + 1), "loss": 5 - i, "accuracy": 0.1 * i} for i in range(3)]
+    held_out = [{"model": "assets/small-bert", "loss": 1, "accuracy": 1}]
+    held_out += [{"model": "another", "loss": 4.25, "accuracy": 0.3}]
+    for name, rows in {"log": log, "held_out": held_out}.items():
+        write_log(tmp_path / "pretrain" / f"{name}.jsonl", rows)
     monkeypatch.setattr(plots, "RESULTS", tmp_path)
-    monkeypatch.setattr(plots, "save", lambda fig, out: drawn.append(fig) or save(fig, out))
-    done = command(plots.main, "pretraining", "--out", tmp_path / "new" / "held_out")
-    assert done.out.split() == [str(tmp_path / f"new/held_out{s}") for s in (".png", ".svg")]
+    assert command(plots.main, "pretraining", "--out", tmp_path / "x").code == 0
     loss, accuracy = (axis.lines for axis in drawn[0].axes)
     assert [list(line.get_ydata()) for line in loss] == [[5, 4, 3], [4.25, 4.25]]
     assert accuracy[0].get_ydata() == pytest.approx([0, 10, 20])
+    assert accuracy[1].get_ydata() == pytest.approx([30, 30])
     assert [list(line.get_xdata()) for line in accuracy] == [[1, 2, 3], [1, 3]]
 
 
@@ -223,20 +225,27 @@ def test_ridges_are_the_densities_of_the_groups():
     assert plots.group_ratings(np.array([-1.0, 0, 1]))[0].tolist() == [0, 2, 4]
     cosines = rng.uniform(0.3, 0.9, len(ratings))
     cosines[6] = 1 + 1e-12
-    fig = plots.plot_ridges([("x", cosines, ratings), ("y", np.full(50, 0.5), ratings[:50])], 0.2)
-    edges, medians = np.linspace(0.2, 1, 31), binned_statistic(ratings, cosines, "median", bins=5)
-    counts = [np.histogram(np.minimum(cosines[groups == i], 1), edges)[0] for i in range(5)]
-    density = [count / count.sum() for count in counts]
-    lines = fig.axes[0].lines  # the highest density of all is 1, in y
-    for i in range(5):
-        ridge, median = lines[2 * i].get_ydata(), lines[2 * i + 1].get_xdata()
-        assert ridge == pytest.approx(i + 0.95 * density[i])
-        assert median == pytest.approx([medians.statistic[i]] * 2)
-    assert lines[0].get_xdata() == pytest.approx((edges[1:] + edges[:-1]) / 2)
+    panels = [("x", cosines, ratings), ("y", np.full(3, 0.5), np.array([0.0, 1, 5]))]
+    medians = binned_statistic(ratings, cosines, "median", bins=5).statistic
+    for words, lowest in (([], cosines.min()), ([0.2], 0.2)):
+        fig = plots.plot_ridges(panels, *words)
+        edges = np.linspace(lowest, 1, 31)
+        counts = [np.histogram(np.minimum(cosines[groups == i], 1), edges)[0] for i in range(5)]
+        density = [count / count.sum() for count in counts]
+        lines = fig.axes[0].lines
+        for i in range(5):
+            ridge, median = lines[2 * i].get_ydata(), lines[2 * i + 1].get_xydata()
+            assert ridge == pytest.approx(i + 0.95 * density[i] / np.max(density))
+            assert median.ravel() == pytest.approx([medians[i], i, medians[i], i + 0.25])
+        assert lines[0].get_xdata() == pytest.approx((edges[1:] + edges[:-1]) / 2)
+    assert len(fig.axes[1].lines) == 5 + 3  # an empty group has no median
     assert [text.get_text() for text in fig.axes[0].get_yticklabels()] == names
     assert [axis.get_title() for axis in fig.axes] == ["x", "y"]
-    (points,) = plots.plot_ratings([("x", cosines, ratings)]).axes[0].collections
-    assert np.allclose(points.get_offsets(), np.stack([cosines, ratings], 1))
+    fig = plots.plot_ratings(panels)
+    for axis, (title, *data) in zip(fig.axes, panels, strict=True):
+        assert np.allclose(axis.collections[0].get_offsets(), np.stack(data, 1))
+        assert (axis.get_title(), axis.get_xlabel()) == (title, "cosine similarity")
+    assert [axis.get_ylabel() for axis in fig.axes] == ["human rating", ""]
 
 
 def test_colours_are_readable_on_white_and_on_black():
