@@ -45,6 +45,8 @@ def atomic_file(
     Raises: UserError, with the advice, if the disk refuses.
     """
     path = Path(path)
+    if not path.name:  # such as "." or "/"
+        raise UserError(f"cannot write {path}: it is a folder")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
