@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
-NUMBER = re.compile(r"[-+−*~<]*\d.*|-?")  # a figure with its sign, spread or unit, or a gap
+NUMBER = re.compile(r"[-+−*~<]*\d.*|-?( \(.*\))?")  # a figure with its sign, spread or unit; a gap
 
 
 def format_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
