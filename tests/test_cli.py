@@ -1,14 +1,11 @@
-"""engine/cli.py: flags from a dataclass, presets, saved configs, and what --resume accepts; and the
-settings of diffcse.py.
-"""
+"""engine/cli.py, and the settings of diffcse.py."""
 
 import json
 import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import pytest
-from conftest import one_line
 
 import diffcse
 from diffcse import PRESETS, Config
@@ -32,10 +29,6 @@ class Settings:
     size: int = 3  # how large; 50 % is half
     kind: Literal["a", "b"] = "a"  # which
 
-    def method(self) -> None:
-        local: int = 1  # not a field
-        del local
-
 
 @dataclass
 class MoreSettings(Settings):
@@ -43,9 +36,17 @@ class MoreSettings(Settings):
     kind: Literal["a", "b", "c"] = "b"  # which of three
 
 
+@dataclass
+class Bare(Settings):
+    other: int = 1
+    commented: int = 2  # fine
+
+
 def test_fields_comments_are_the_help_of_base_classes_first():
     expected = {"size": "how large; 50 % is half", "kind": "which of three", "fast": "quickly"}
     assert cli.field_comments(MoreSettings) == expected
+    with pytest.raises(TypeError, match="^Bare: no comment for other$"):
+        cli.field_comments(Bare)
     shown = cli.make_parser(MoreSettings, {"one": MoreSettings()}).format_help()
     shown = re.sub(r"\s+", " ", shown)
     assert "The defaults shown are those of one." in shown
@@ -57,45 +58,29 @@ def test_fields_comments_are_the_help_of_base_classes_first():
     assert parsed == ("one", MoreSettings(4, "c", True))
 
 
-@dataclass
-class Bare(Settings):
-    other: int = 1
-    commented: int = 2  # fine
-
-
-def test_a_field_without_a_comment_is_an_error():
-    with pytest.raises(TypeError, match="^Bare: no comment for other$"):
-        cli.parse(Bare, {"one": Bare()}, ["--config", "one"])
-
-
 # ------------------------------------------------------------------------------------------------
 # The settings of a run
 
 
 def test_presets_are_the_papers():
     """Tables 12 and 13, and SimCSE's (Gao et al., 2021); the rest as published."""
-    models = dict(model="bert-base-uncased", generator="distilbert-base-uncased")
-    numbers = dict(epochs=2, temperature=0.05, max_length=32, clip=1.0, eval_every=125, seed=42)
-    edit = dict(masking="80-10-10", edit="argmax", edit_scope="all", views="both")
-    loss = dict(projector="batchnorm", reduction="mean", pads_in_loss=True, protect_sep=False)
-    published = Config(**models, **numbers, **edit, **loss, generator_dropout=True, dropout=None)
+    published = Config(
+        **dict(model="bert-base-uncased", generator="distilbert-base-uncased", batch_size=64),
+        **dict(epochs=2, temperature=0.05, max_length=32, clip=1.0, eval_every=125, seed=42),
+        **dict(masking="80-10-10", edit="argmax", edit_scope="all", views="both", dropout=None),
+        **dict(projector="batchnorm", reduction="mean", pads_in_loss=True, protect_sep=False),
+    )
     roberta = replace(published, model="roberta-base", generator="distilroberta-base")
     simcse = dict(lam=0.0, projector="tanh", epochs=1)
     expected = {
-        "bert_sts": replace(published, lr=7e-6, mask_ratio=0.30, lam=0.005, batch_size=64),
-        "roberta_sts": replace(roberta, lr=1e-5, mask_ratio=0.20, lam=0.005, batch_size=64),
-        "bert_transfer": replace(published, lr=2e-6, mask_ratio=0.15, lam=0.05, batch_size=64),
+        "bert_sts": replace(published, lr=7e-6, mask_ratio=0.30, lam=0.005),
+        "roberta_sts": replace(roberta, lr=1e-5, mask_ratio=0.20, lam=0.005),
+        "bert_transfer": replace(published, lr=2e-6, mask_ratio=0.15, lam=0.05),
         "roberta_transfer": replace(roberta, lr=3e-6, mask_ratio=0.15, lam=0.05, batch_size=128),
-        "simcse_bert": replace(published, **simcse, lr=3e-5, batch_size=64),
+        "simcse_bert": replace(published, **simcse, lr=3e-5),
         "simcse_roberta": replace(roberta, **simcse, lr=1e-5, batch_size=512),
     }
     assert {name: PRESETS[name] for name in expected} == expected
-
-
-def test_every_field_is_a_flag_and_help_is_no_mistake(command):
-    code, out, _ = command(diffcse.main, "-h")
-    flags = [f"  {cli.flag(field.name)} " for field in fields(Config)]
-    assert code == 0 and all(word in out for word in (*PRESETS, *flags))
 
 
 def test_flags_change_a_preset_or_a_saved_config(tmp_path):
@@ -136,59 +121,43 @@ def test_parse_field(name, values, expected):
     for value in values:
         if isinstance(expected, UserError):
             message = f"^{cli.flag(name)} is .*; it must be {expected}$"
-            with pytest.raises(UserError, match=message) as error:
+            with pytest.raises(UserError, match=message):
                 cli.parse_field(Config, name, value)
-            assert one_line(error)
         else:
-            parsed = cli.parse_field(Config, name, value)
-            assert parsed == expected and type(parsed) is type(expected)
+            assert repr(cli.parse_field(Config, name, value)) == repr(expected)
 
 
 # A flag, a value that is refused, and one near it that is accepted
 BOUNDS = """batch-size 1 2, max-length 2 3, epochs 0 1, steps 0 1, eval-every 0 1, log-every 0 1,
     mask-ratio 1.01 1, mask-ratio -0.01 0, dropout 1 0.99, dropout -0.01 0, lam -0.01 0, lam inf 9,
-    save-minutes -0.01 0, hard-negative-weight -inf -9, seed -1 0,
-    seed 9223372036854775808 9223372036854775807, lr 0 1e-9, lr inf 1e9, lr nan 1, clip 0 1e-9,
-    clip inf 1e9, temperature 0 1e-9, temperature inf 1e9, edit-temperature 0 1e-9,
-    edit-temperature inf 1e9"""
+    save-minutes -0.01 0, hard-negative-weight -inf -9, seed -1 0, lr 0 1e-9, lr inf 1e9, lr nan 1,
+    clip 0 1e-9, temperature 0 1e-9, edit-temperature 0 1e-9,
+    seed 9223372036854775808 9223372036854775807"""
 
 
 @pytest.mark.parametrize("row", BOUNDS.split(","))
 def test_numbers_have_bounds(row):
     flag, refused, accepted = row.split()
     parse("--config", "demo", f"--{flag}", accepted)
-    with pytest.raises(UserError, match=f"^--{flag} is .*; it must be ") as error:
+    with pytest.raises(UserError, match=f"^--{flag} is .*; it must be "):
         parse("--config", "demo", f"--{flag}", refused)
-    assert one_line(error)
 
 
 SAVED = {
-    "unknown.json": {"lrr": 1},
-    "text.json": {"lr": "fast"},
     "negative.json": {"lam": -1},
-    "list.json": [],
     "run/config.json": {"lr": 0.01, "lam": 0.05, "train_file": "mine.txt"},
     "ablation/config.json": {"objective": "masked"},
 }
 MISTAKES = [
     ("", "--config is missing; try --config demo"),
     ("--config nope", "--config 'nope': expected a run's config.json or one of bert_sts"),
-    ("--config none.json", "none.json"),
     ("--config demo --batch_sise=3", "did you mean --batch-size?"),
     ("--config demo --xyz", "unknown argument --xyz; the flags are --amp, --batch-size, "),
     ("--config demo --step 3", "did you mean --steps?"),  # no abbreviations
-    ("--config demo --lr", "argument --lr: expected one argument; see "),
-    ("--config demo --lr -inf", "--lr is -inf; it must be positive"),
     ("--config demo --lam 0 --contrastive off", "--contrastive is False; it must be on"),
-    ("--config demo --amp fp16 --device cpu", "--amp fp16"),
-    ("--config unknown.json", "unknown.json: unknown field 'lrr'"),
-    ("--config text.json", "text.json: --lr is 'fast'; it must be a number"),
     ("--config negative.json", "negative.json: --lam is -1.0; it must be 0 or larger"),
-    ("--config list.json", "list.json"),
-    ("--resume none", "--resume none: no run there"),
     ("--resume .", "--resume .: no run there"),
-    ("--resume ablation", "'objective'; a run of another program is resumed by it (python -m lab."),
-    ("--resume run --config demo", "20k.txt.xz', but the run has 'mine.txt'"),
+    ("--resume ablation", "unknown field 'objective'; a run of another program is resumed by it"),
     (
         "--resume run --lr 0.1 --lam 0",
         "--resume run: --lr is 0.1, but the run has 0.01; --lam is 0.0, but the run has 0.05. "
@@ -225,19 +194,9 @@ def test_a_resumed_run_keeps_its_settings_but_may_be_looked_at_differently(saved
     assert parse("--config", "demo", "--resume", "") == PRESETS["demo"]
 
 
-# ------------------------------------------------------------------------------------------------
-# Commands that score models
-
-
-def test_flags_of_commands_that_score_models():
+def test_commands_that_score_models_refuse_a_batch_size_of_0():
     parser = cli.Parser(prog="score.py")
     cli.add_model_flags(parser, ["cls", "mean"])
-    defaults = dict(pooler=[None], data="", batch_size=128, json=None, device="auto", amp="off")
-    assert vars(parser.parse_args(["m"])) == {"models": ["m"], **defaults}
-    words = "a b --pooler mean,cls --data d --batch-size 1 --json f --device cpu --amp bf16"
-    given = dict(pooler=["mean", "cls"], data="d", batch_size=1, json="f", device="cpu", amp="bf16")
-    assert vars(parser.parse_args(words.split())) == {"models": ["a", "b"], **given}
-    for words in ("m --batch-size 1.5", "m --pooler cls,", "m --amp fp16", ""):
-        with pytest.raises(UserError, match="; see score.py -h$") as error:
+    for words in ("m --batch-size 0", "m --pooler cls,"):
+        with pytest.raises(UserError, match="; see score.py -h$"):
             parser.parse_args(words.split())
-        assert one_line(error)

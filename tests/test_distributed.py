@@ -1,4 +1,4 @@
-"""Two and four processes with parts of a batch compute what one computes with all of it."""
+"""Several processes with parts of a batch compute what one computes with all of it."""
 
 import re
 import signal
@@ -11,9 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import ROOT, Words, random_sentences, read_log
+from conftest import ROOT, random_sentences, read_log
 
-import bert
 import diffcse
 from data import Batch
 from engine import distributed
@@ -25,50 +24,35 @@ READINGS = {
     "simcse": dict(lam=0.0, projector="tanh"),
     "triples": dict(hard_negative_weight=0.3),
 }
-STEPS = 20
+STEPS, PROCESSES = 20, 4
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2 diffcse.py".split()
 
 
-def train_in_process(rank: int, processes: int, folder: str) -> None:
+def train_in_process(rank: int, tiny: str, folder: str) -> None:
     torch.set_num_threads(1)
-    if processes > 1:
-        meeting = f"file://{folder}/meeting-{processes}"
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes)
-    for reading in READINGS:
-        outcome = train_reading(reading)
-        if rank == 0:
-            torch.save(outcome, f"{folder}/{reading}-{processes}.pt")
-    if processes > 1:
-        dist.destroy_process_group()
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=PROCESSES)
+    outcomes = {reading: train_reading(reading, tiny, folder) for reading in READINGS}
+    if rank == 0:
+        torch.save(outcomes, f"{folder}/outcomes.pt")
+    dist.destroy_process_group()
 
 
-def make_batch(step: int, V: int) -> Batch:
-    """8, 4, 12, ... sentences of 3 to 11 tokens."""
-    rng = torch.Generator().manual_seed(step)
-    R = (8, 4, 12)[step % 3] * V
-    lengths = torch.randint(3, 12, (R,), generator=rng)
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    x = torch.randint(6, 60, mask.shape, generator=rng).masked_fill(~mask, Words.pad_id)
-    x[:, 0], x[torch.arange(R), lengths - 1] = Words.cls_id, Words.sep_id
-    selected = mask & (x > 5) & (torch.rand(mask.shape, generator=rng) < 0.4)
-    return Batch(x, mask, x.masked_fill(selected, Words.mask_id), selected, V)
-
-
-def train_reading(reading: str) -> tuple[list[dict], dict, dict]:
+def train_reading(reading: str, tiny: str, folder: str) -> tuple[list[dict], dict, dict]:
     """In fp64, without dropout: each step's metrics, the first gradients, the final weights."""
     torch.manual_seed(0)
-    settings = {"lam": 0.3, "temperature": 0.1, "lr": 1e-3, "generator_dropout": False}
+    settings = dict(lam=0.3, temperature=0.1, lr=1e-3, dropout=0.0, generator_dropout=False)
+    settings |= dict(model=tiny, generator=tiny, train_file=f"{folder}/text.txt", batch_size=12)
+    if reading == "triples":
+        settings["train_file"] = f"{folder}/triples.tsv"
     cfg = diffcse.Config(**settings | READINGS[reading])
-    sizes = dict(hidden_size=16, num_attention_heads=2, intermediate_size=32, vocab_size=60)
-    sizes |= dict(max_position_embeddings=16, num_hidden_layers=2, initializer_range=0.2)
-    config = bert.BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    parts = [bert.BertForMaskedLM(config), bert.Bert(config)] if cfg.lam else []
-    model = diffcse.DiffCSEModel(cfg, Words, bert.Bert(config), *parts).double().train()
+    model = diffcse.DiffCSEModel.from_pretrained(cfg).double().train()
+    sentences = model.load_sentences()
     optimizer = diffcse.make_optimizer(model)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     curve, gradients = [], {}
     for step in range(STEPS):
-        batch = make_batch(step, V=3 if reading == "triples" else 2).shard()
+        batch = diffcse.draw_batch(sentences, model.tokenizer, cfg, step).shard()
         metrics = diffcse.train_step(model, optimizer, scaler, None, batch)
         row = {}
         for name, values in metrics.items():
@@ -85,29 +69,30 @@ def train_reading(reading: str) -> tuple[list[dict], dict, dict]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("processes")
-    train_in_process(0, 1, str(folder))
+def trained(tiny, tmp_path_factory) -> tuple[dict, dict]:
+    """What one process and what several have computed, by reading. Batches of 12, 12 and 8."""
+    folder, texts = tmp_path_factory.mktemp("processes"), random_sentences(34, 1, 1)
+    (folder / "text.txt").write_text("\n".join(texts[2:]))
+    rows = [f"{a}\t{b}\t{c}\n" for a, b, c in zip(texts, texts[1:], texts[2:])]
+    (folder / "triples.tsv").write_text("a\tb\tc\n" + "".join(rows))
+    args = (str(tiny), str(folder))
+    alone = {reading: train_reading(reading, *args) for reading in READINGS}
     start_method = "fork" if sys.platform == "linux" else "spawn"
-    for processes in (2, 4):
-        args = (processes, str(folder))
-        mp.start_processes(train_in_process, args, nprocs=processes, start_method=start_method)
-    return folder
+    mp.start_processes(train_in_process, args, nprocs=PROCESSES, start_method=start_method)
+    return alone, torch.load(folder / "outcomes.pt")
 
 
-@pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("reading", READINGS)
-def test_parts_of_a_batch_give_what_the_whole_gives(reading, processes, trained):
-    curve, gradients, state = torch.load(trained / f"{reading}-1.pt")
+def test_parts_of_a_batch_give_what_the_whole_gives(reading, trained):
+    (curve, *expected), (curve_n, *found) = (outcomes[reading] for outcomes in trained)
     assert len({round(row["loss"], 4) for row in curve}) > STEPS / 2
-    curve_n, gradients_n, state_n = torch.load(trained / f"{reading}-{processes}.pt")
     for row, row_n in zip(curve, curve_n):
         assert row_n == pytest.approx(row, rel=1e-6, abs=1e-12)
-    assert gradients.keys() == gradients_n.keys()
-    for expected, found, rounding in (gradients, gradients_n, 1e-12), (state, state_n, 1e-8):
-        for name, tensor in expected.items():
+    for tensors, tensors_n, rounding in zip(expected, found, (1e-12, 1e-8)):
+        assert tensors.keys() == tensors_n.keys()
+        for name, tensor in tensors.items():
             if not name.endswith("key.bias"):  # its gradient is rounding error
-                distance = (tensor - found[name]).double().norm()
+                distance = (tensor - tensors_n[name]).double().norm()
                 assert distance <= 1e-6 * tensor.double().norm() + rounding, name
 
 
@@ -152,12 +137,8 @@ def test_torchrun_can_be_stopped(tmp_path):
 
 
 def test_shards_are_equal_and_a_remainder_is_left_out(monkeypatch):
-    assert distributed.shard(7) == slice(0, 7)
-    assert (distributed.world_size(), distributed.rank()) == (1, 0)
+    x = torch.arange(28).view(14, 2)  # 7 sentences in 2 views
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    for rank, expected in enumerate([slice(0, 2), slice(2, 4), slice(4, 6)]):
+    for rank, expected in enumerate([x[:4], x[4:8], x[8:12]]):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        assert distributed.shard(7) == expected
-        x = torch.arange(28).view(14, 2)  # 7 sentences in 2 views
-        batch = Batch(x, x.bool(), x, x.bool())
-        assert torch.equal(batch.shard().x, x[2 * expected.start : 2 * expected.stop])
+        assert torch.equal(Batch(x, x.bool(), x, x.bool()).shard().x, expected)

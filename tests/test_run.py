@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import one_line, read_log
+from conftest import read_log
 
 import bert
 import diffcse
@@ -20,14 +20,6 @@ from engine import checkpoint
 from engine import run as runs
 from engine.device import pick_device
 from engine.errors import UserError
-
-
-class Crash(Exception):
-    pass
-
-
-def fail(error: BaseException) -> None:
-    raise error
 
 
 def before_step(monkeypatch, number: int, action) -> None:
@@ -45,8 +37,8 @@ def before_step(monkeypatch, number: int, action) -> None:
 
 
 def crash_at(step: int, monkeypatch, train, **changes) -> None:
-    before_step(monkeypatch, step, partial(fail, Crash()))
-    with pytest.raises(Crash):
+    before_step(monkeypatch, step, lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         train(**changes)
 
 
@@ -54,8 +46,7 @@ def outcome(folder: Path) -> tuple:
     """Everything that two equal runs have in common."""
     results = json.loads((folder / "results.json").read_text())
     results = {k: v for k, v in results.items() if k not in ("minutes", "command", "folder")}
-    weights = bert.read_safetensors(folder / "best" / "model.safetensors")
-    return read_log(folder), results, {name: t.tolist() for name, t in weights.items()}
+    return read_log(folder), results, (folder / "best" / "model.safetensors").read_bytes()
 
 
 def check_resumed(train, tmp_path: Path, **changes) -> None:
@@ -74,7 +65,6 @@ METHODS = {
     "published": {},
     "paper": dict(edit="sample", edit_scope="masked", generator_dropout=False, views="first"),
     "simcse": dict(lam=0.0, projector="tanh"),
-    "bf16": dict(amp="bf16", projector="tanh"),
 }
 
 
@@ -83,10 +73,12 @@ def test_a_crash_at_any_step_changes_nothing(train_tiny, tmp_path, monkeypatch, 
     """Log lines of several steps, epochs of 3 steps, a short last batch."""
     settings = dict(log_every=4, eval_every=4, steps=7, save_minutes=0, **METHODS[method])
     out = tmp_path / "out"
-    for crashes in ([2], [4], [5], [7], [1, 2, 2, 2, 2, 2, 2]):
+    for crashes in ([5], [1, 2, 2, 2, 2, 2, 2]):
         for i, step in enumerate(crashes):
             crash_at(step, monkeypatch, train_tiny, **settings, resume=str(out) if i else "")
             assert (out / checkpoint.STATE).is_file() and not (out / "results.json").exists()
+            if (out / "best").exists():  # as a kill between replace_folder's two renames leaves it
+                os.rename(out / "best", out / ".best.earlier")
         check_resumed(train_tiny, tmp_path, **settings)
         assert [row["step"] for row in read_log(out)] == [0, 1, 4, 4, 7, 7]
         assert not (out / checkpoint.STATE).exists()
@@ -145,13 +137,6 @@ def test_a_kill_before_the_first_state_starts_again(train_tiny, tmp_path):
     check_resumed(train_tiny, tmp_path)
 
 
-def test_a_kill_while_best_is_replaced_loses_no_model(train_tiny, tmp_path, monkeypatch):
-    """Between the two renames, the earlier model has another name; resuming restores it."""
-    crash_at(4, monkeypatch, train_tiny, save_minutes=0)
-    os.rename(tmp_path / "out" / "best", tmp_path / "out" / ".best.earlier")
-    check_resumed(train_tiny, tmp_path, save_minutes=0)
-
-
 # ------------------------------------------------------------------------------------------------
 # Stopping
 
@@ -180,31 +165,28 @@ def test_a_second_signal_stops_at_once(train_tiny, tmp_path, monkeypatch):
 # The disk
 
 
-def test_a_full_disk_is_one_line_and_the_old_state_stays(train_tiny, tmp_path, monkeypatch):
-    """No space in the middle of the third state: the second is intact, and the run resumes."""
-    write, states = checkpoint.write_safetensors, []
+@pytest.mark.parametrize(
+    "module, name, message",
+    [
+        (checkpoint, "write_safetensors", "write .*state.safetensors: {}; .* resume the run in "),
+        (runs, "save_state", "write to .*out: {}. .*resume with: python .* --resume .*out$"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_the_run_resumes(
+    train_tiny, tmp_path, monkeypatch, module, name, message
+):
+    error = "No space left on device"
 
-    def write_until_full(path, tensors) -> None:
-        states.append(0)
-        write(path, tensors)
-        if len(states) == 4:  # the first has no step
-            os.truncate(path, 100)
-            raise OSError(errno.ENOSPC, "No space left on device")
+    def write_half(path, *_) -> None:
+        if not path.is_dir():
+            path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, error)
 
-    monkeypatch.setattr(checkpoint, "write_safetensors", write_until_full)
-    message = "cannot write .*state.safetensors: No space left on device; after fixing this, resume"
-    with pytest.raises(UserError, match=message):
-        train_tiny(save_minutes=0)
-    assert checkpoint.load_state(tmp_path / "out")[1]["step"] == 2
-    assert not list((tmp_path / "out").glob(".*.tmp"))
+    with monkeypatch.context() as patch:
+        before_step(patch, 3, lambda: patch.setattr(module, name, write_half))
+        with pytest.raises(UserError, match="^cannot " + message.format(error)):
+            train_tiny(save_minutes=0)
     check_resumed(train_tiny, tmp_path, save_minutes=0)
-
-
-def test_a_disk_that_fails_is_one_line(train_tiny, monkeypatch):
-    before_step(monkeypatch, 3, partial(fail, OSError(errno.EIO, "Input/output error")))
-    message = "^cannot write to .*out: Input/output error. .*resume with: python .* --resume .*out$"
-    with pytest.raises(UserError, match=message):
-        train_tiny()
 
 
 def test_a_folder_that_is_deleted_stops_the_run(train_tiny, tmp_path, monkeypatch):
@@ -224,52 +206,33 @@ def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
         assert folder == tmp_path
 
 
-@pytest.mark.parametrize("is_state", [False, True])
-def test_a_damaged_state_is_refused(tmp_path, is_state):
-    bert.write_safetensors(tmp_path / checkpoint.STATE, {"run_state": torch.zeros(3).byte()})
-    if not is_state:
-        (tmp_path / checkpoint.STATE).write_bytes(b"12")
-    with pytest.raises(UserError, match="damaged, or not a run's state; delete it to start again"):
-        checkpoint.load_state(tmp_path)
+def test_a_damaged_state_is_refused(tmp_path):
+    state = tmp_path / checkpoint.STATE
+    bert.write_safetensors(state, {"run_state": torch.zeros(3).byte()})  # not JSON
+    for content in (state.read_bytes(), b"12"):
+        state.write_bytes(content)
+        with pytest.raises(UserError, match="damaged, or not a run's state; delete it to start"):
+            checkpoint.load_state(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------
 # NaN
 
 
-@pytest.mark.parametrize(
-    "name, label",
-    [
-        ("contrastive", "the contrastive loss"),
-        ("difference", "the discriminator's loss"),
-        ("grad_norm", "the gradient"),
-    ],
-)
-def test_nan_stops_the_run_and_the_last_good_state_stays(
-    train_tiny, tmp_path, monkeypatch, name, label
-):
+@pytest.mark.parametrize("name", ["contrastive", "difference", "grad_norm"])
+def test_nan_stops_the_run_and_the_last_good_state_stays(train_tiny, tmp_path, monkeypatch, name):
     train_step, nan = diffcse.train_step, {}
     monkeypatch.setattr(diffcse, "train_step", lambda *args: train_step(*args) | nan)
     before_step(monkeypatch, 4, lambda: nan.update({name: (torch.tensor(math.nan), 1)}))
-    message = f"^{label} is NaN or infinite at step 4: try a lower --lr, or --amp off. .*best is "
-    with pytest.raises(UserError, match=message + "the model of step 2$"):
+    message = (
+        f"^{runs.CHECKED[name]} is NaN or infinite at step 4: try a lower --lr, or --amp off. "
+    )
+    with pytest.raises(UserError, match=message + ".*best is the model of step 2$"):
         train_tiny(save_minutes=0, log_every=3)
+    assert read_log(tmp_path / "out")[-1]["step"] == 3  # without NaN
     tensors, state = checkpoint.load_state(tmp_path / "out")
     assert state["step"] == 3
     assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"temperature": 1e-40}, {"lr": 1e30}, {"lr": 1e30, "log_every": 1000, "lam": 0.0}],
-    ids=str,
-)
-def test_divergence_by_a_real_cause_names_its_step(train_tiny, tmp_path, changes):
-    with pytest.raises(UserError, match="at step") as error:
-        train_tiny(**dict(log_every=4, steps=20) | changes)
-    assert one_line(error)
-    assert not (tmp_path / "out" / "results.json").exists()
-    read_log(tmp_path / "out")  # without NaN
 
 
 def test_an_fp16_overflow_is_a_skipped_step_and_endless_overflow_stops_the_run(tmp_path):
@@ -280,7 +243,8 @@ def test_an_fp16_overflow_is_a_skipped_step_and_endless_overflow_stops_the_run(t
     run.scaler._lazy_init_scale_growth_tracker(torch.device("cpu"))
     run.check_finite()
     run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 0.5})
-    with pytest.raises(UserError, match="fp16 overflowed at all steps up to 7: try a lower --lr"):
+    message = "^fp16 overflowed at all steps up to 7: try a lower --lr.* No model was saved yet$"
+    with pytest.raises(UserError, match=message):
         run.check_finite()
 
 
@@ -291,9 +255,8 @@ def test_an_fp16_overflow_is_a_skipped_step_and_endless_overflow_stops_the_run(t
 @pytest.mark.parametrize(
     "device, amp, hardware, expected",
     [
-        ("auto", "off", "", "cpu None"),
         ("cpu", "bf16", "", "cpu torch.bfloat16"),
-        ("cpu", "auto", "", "cpu None"),
+        ("auto", "auto", "", "cpu None"),
         ("cpu", "auto", "_is_avx512_bf16_supported", "cpu torch.bfloat16"),
         ("cpu", "auto", "_is_amx_tile_supported", "cpu torch.bfloat16"),
         ("auto", "auto", "cuda", "cuda torch.float16"),
