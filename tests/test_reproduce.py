@@ -141,7 +141,7 @@ def test_no_run_starts_that_would_exceed_the_budget(fake_runs, tmp_path, monkeyp
     count, words = len(fake_runs), "--table 4 --seeds 0 --budget 7m --out".split()
     out = command(reproduce.main, *words, tmp_path / "other").out
     assert len(fake_runs) == count + 3 and "The budget left out 2 runs; " in out
-    assert "| - (82.59) " in out
+    assert " - (82.59) |" in out
 
 
 @pytest.mark.parametrize(
