@@ -11,6 +11,7 @@ import bert
 import diffcse
 import embed
 import eval_sts
+from engine import demo
 from engine import run as runs
 from engine.errors import UserError
 
@@ -55,7 +56,32 @@ def test_only_a_strictly_better_model_is_kept(train_tiny, tmp_path, monkeypatch,
     results = train_tiny()
     scores = results["dev_before"], results["dev_best"], results["best_step"]
     assert scores == (7.0, 5.0, 2)
-    assert "no step scored above the initial model" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.count("5.00 (best so far, below step 0)") == 1
+    assert "no step scored above the initial model" in printed
+
+
+def test_the_demo_shows_its_baseline_and_nearest_sentences(tiny, tmp_path, command):
+    pairs = "a\tb\tscore\nthe cat\ta cat\t5\nthe dog\ta house\t1\nred tree\tblue tree\t3\n"
+    (tmp_path / "pairs.tsv").write_text(pairs)
+    files = ["--model", tiny, "--generator", tiny, "--train-file", tiny / "text.txt"]
+    files += ["--score", tmp_path / "pairs.tsv", "--out-dir", tmp_path / "out"]
+    steps = ["--steps", "2", "--batch-size", "8", "--device", "cpu", "--amp", "off"]
+    done = command(diffcse.main, "--config", "demo", *files, *steps)
+    assert done.code == 0, done.err
+    runs = [json.loads((tmp_path / f / "results.json").read_text()) for f in ("out", "out-simcse")]
+    rows = {"first-last": runs[0]["before_first_last"], "before)": runs[0]["before"]}
+    rows |= {"SimCSE": runs[1]["after"], "DiffCSE": runs[0]["after"]}
+    table = done.out[done.out.index("Spearman x 100 on the test pairs") :]
+    for name, scores in rows.items():
+        (line,) = [line for line in table.splitlines() if name in line]
+        assert line.split()[-1] == f"{scores['pairs.tsv']:.2f}"
+    for folder, label in ((tiny, "before"), (tmp_path / "out", "after")):
+        model = embed.DiffCSE(folder, device="cpu")
+        model.build_index(tiny / "text.txt")
+        for query in demo.QUERIES:
+            for sentence, cosine in model.search(query, threshold=-1, top_k=demo.TOP_K):
+                assert f"  {label:<7}{cosine:.2f}  {sentence}" in table
 
 
 def test_score_dev_never_opens_the_test_sets(train_tiny, tmp_path):
