@@ -5,15 +5,10 @@
     python -m lab.ablations --config small --edit-as negative --lam 1       # Table 15
 
 Without flags it trains as diffcse.py does. Each loss is a function (model, h, batch) -> loss,
-metrics, called where diffcse.py calls difference_loss:
-
-    masked_loss, corrected_loss                     what the discriminator predicts (Table 3)
-    difference_loss, positive_loss, negative_loss   how an edited sentence is used (Table 15)
-    replace, insert, delete                         how it is edited (Table 4)
-
-None of their code was published; where the paper is silent, the docstring names the choice. Scores
-are the paper's, bert-base, STS-B dev / average transfer dev. DiffCSE has 84.56 / 85.95, SimCSE
-81.47 / 83.91, SimCSE with BatchNorm 82.22 / 85.66.
+metrics, called where diffcse.py calls difference_loss. None of their code was published; where the
+paper is silent, the docstring names the choice. Scores are the paper's, bert-base, STS-B dev /
+average transfer dev. DiffCSE has 84.56 / 85.95, SimCSE 81.47 / 83.91, SimCSE with BatchNorm
+82.22 / 85.66.
 Shapes: as in diffcse.py; n positions, W words of the vocabulary.
 Not here: ablations by flags of diffcse.py. --no-contrastive has 54.48 / 83.46 (Table 3);
 --projector is Table 5, --generator 6, --mask-ratio 7, --lam 8.
@@ -52,19 +47,6 @@ Loss = tuple[Tensor, Metrics]
 Edit = tuple[Tensor, Tensor, Tensor]  # x_edited (R, T'') ids, changed (R, T'') bool, mask (R, T'')
 
 
-def edited_rows(model: "AblationModel", h: Tensor, batch: Batch) -> tuple[Tensor, Batch]:
-    """The rows whose edit the discriminator reads."""
-    if model.cfg.views == "first":
-        return h[:: batch.views], batch.first_views()
-    return h, batch
-
-
-def mean_of_all(losses: Tensor) -> Tensor:
-    """The mean over the positions of all processes. Shapes: (n,) -> ()."""
-    count = torch.tensor(len(losses), device=losses.device)
-    return distributed.reduce_loss(losses.sum(), count)
-
-
 def log_ratio(loss: Tensor, name: str, flags: Tensor) -> Metrics:
     """The loss, and the share of flags that are set. Shapes: (), (n,) bool."""
     return {"difference": (loss.detach(), 1), name: (flags.sum(), len(flags))}
@@ -82,11 +64,11 @@ def masked_loss(model: "AblationModel", h: Tensor, batch: Batch) -> Loss:
     of both 82.88 / 84.82. The discriminator's head is the pretrained model's masked-LM head, which
     is trained, too. There is no generator. The loss is the mean over masked positions.
     """
-    h, batch = edited_rows(model, h, batch)
     states = model.discriminator(batch.x_masked, batch.mask, cls_vector=h)[batch.selected]  # (n, D)
     logits = model.mlm_head(states, model.discriminator.embeddings.word.weight)  # (n, W)
     target = batch.x[batch.selected]
-    loss = mean_of_all(F.cross_entropy(at_least_fp32(logits), target, reduction="none"))
+    loss = F.cross_entropy(at_least_fp32(logits), target, reduction="sum")
+    loss = distributed.reduce_loss(loss, batch.selected.sum())
     return loss, log_ratio(loss, "accuracy_masked", logits.argmax(-1) == target)
 
 
@@ -99,7 +81,6 @@ def corrected_loss(model: "AblationModel", h: Tensor, batch: Batch) -> Loss:
         p(x_t) = p_original [x_t = x''_t] + (1 - p_original) p_token(x_t)
     Only the replaced-token loss trains p_original. The two losses are added with equal weight.
     """
-    h, batch = edited_rows(model, h, batch)
     selected, target = batch.selected, batch.x[batch.selected]  # (R, T), (n,)
     x_edited, replaced = edit_sentences(model.generator, batch, model.tokenizer, model.cfg)
     states = model.discriminator(x_edited, batch.mask, cls_vector=h)  # (R, T, D)
@@ -113,7 +94,7 @@ def corrected_loss(model: "AblationModel", h: Tensor, batch: Batch) -> Loss:
     log_drawn = log_replaced + log_token
     log_copied_or_drawn = torch.logaddexp(log_original, log_drawn)
     log_p = torch.where(x_edited[selected] == target, log_copied_or_drawn, log_drawn)
-    loss = detection_loss + mean_of_all(-log_p)
+    loss = detection_loss + distributed.reduce_loss(-log_p.sum(), selected.sum())
     return loss, metrics | log_ratio(loss, "accuracy_masked", logits.argmax(-1) == target)
 
 
@@ -186,9 +167,7 @@ def difference_loss(model: "AblationModel", h: Tensor, batch: Batch, edit: Calla
     (Ours)" in Table 15. Each edit has its own head."""
     if edit is replace:
         return DiffCSEModel.difference_loss(model, h, batch)
-    cfg = model.cfg
-    h, batch = edited_rows(model, h, batch)
-    x_edited, changed, mask = edit(model, batch)
+    cfg, (x_edited, changed, mask) = model.cfg, edit(model, batch)
     logits = model.heads[edit.__name__](model.discriminator(x_edited, mask, cls_vector=h))
     return replaced_token_loss(logits, changed, mask, cfg.pads_in_loss, cfg.reduction)
 
@@ -267,11 +246,9 @@ class AblationConfig(Config):
         super().__post_init__()
         edit = self.edit_with, self.edit_as
         if self.lam == 0 and self.is_ablation:
-            flags = "--objective, --condition-on, --edit-with and --edit-as"
-            raise UserError(f"--lam is 0; it must be larger than 0 with {flags}")
+            raise UserError("--lam is 0; an ablation's lam must be larger than 0")
         if self.condition_on != "same" and self.text != "paragraphs":
-            choice = f"--condition-on {self.condition_on}"
-            raise UserError(f"{choice} needs --text paragraphs, which provides next sentences")
+            raise UserError(f"--condition-on {self.condition_on} needs --text paragraphs")
         if self.objective != "replaced" and edit != ("replace", "difference"):
             raise UserError(f"--objective {self.objective} excludes --edit-with and --edit-as")
 
@@ -279,13 +256,6 @@ class AblationConfig(Config):
     def is_ablation(self) -> bool:
         choices = self.objective, self.condition_on, self.edit_with, self.edit_as
         return choices != ("replaced", "same", "replace", "difference")
-
-
-@dataclass
-class BatchWithNext(Batch):
-    """A batch, and that of the next sentences, in the same order."""
-
-    following: Batch | None = None
 
 
 class AblationModel(DiffCSEModel):
@@ -317,12 +287,9 @@ class AblationModel(DiffCSEModel):
             generator = load_generator(cfg, tokenizer)
         if insert in EDITS[cfg.edit_with]:
             T = cfg.max_length + math.ceil(cfg.mask_ratio * (cfg.max_length - 2))
-            limit = min(encoder.max_length, generator.max_length)
-            if T > limit:
-                raise UserError(
-                    f"--max-length is {cfg.max_length}, with inserted tokens {T}, but --model or "
-                    f"--generator has {limit} positions"
-                )
+            if T > (limit := min(encoder.max_length, generator.max_length)):
+                size = f"--max-length is {cfg.max_length}, with inserted tokens {T}"
+                raise UserError(f"{size}, but --model or --generator has {limit} positions")
         if cfg.objective != "replaced":
             mlm = load_bert(folder, mlm=True, dropout=cfg.dropout)
             discriminator, mlm_head = mlm.bert, mlm.head
@@ -334,10 +301,8 @@ class AblationModel(DiffCSEModel):
         cfg = self.cfg
         if cfg.text == "sentences":
             return super().load_sentences()
-        path = hub.find_text(cfg.train_file, cfg.data)
-        reader, views = read_running_text, 2
-        if cfg.condition_on != "same":
-            reader, views = read_with_next, 4
+        path, is_alone = hub.find_text(cfg.train_file, cfg.data), cfg.condition_on == "same"
+        reader, views = (read_running_text, 2) if is_alone else (read_with_next, 4)
         return TokenizedSentences(path, self.tokenizer, cfg.max_length, reader, views)
 
     def forward(self, batch: Batch) -> Loss:
@@ -348,21 +313,23 @@ class AblationModel(DiffCSEModel):
         batch = Batch(*(t[:, : batch.width] for t in batch.tensors()), batch.views)
         if self.cfg.condition_on == "same":
             return super().forward(batch)
-        own, following = (batch.take(slice(i, None, 2), 2) for i in (0, 1))
-        return super().forward(BatchWithNext(*own.tensors(), following=following))
+        own, self.following = (batch.take(slice(i, None, 2), 2) for i in (0, 1))
+        return super().forward(own)
 
     def difference_loss(self, h: Tensor, batch: Batch) -> Loss:
         """The mean of the losses, so that lam keeps its meaning; counts are added.
 
         With the next sentence's edit (Table 3): 82.91 / 85.83; with both 83.41 / 85.82.
         """
-        batches = [] if self.cfg.condition_on == "next" else [batch]
-        if self.cfg.condition_on != "same":
-            batches.append(batch.following)
+        cfg = self.cfg
+        batches = [] if cfg.condition_on == "next" else [batch]
+        if cfg.condition_on != "same":
+            batches.append(self.following)
+        if cfg.views == "first" and cfg.edit_as == "difference":
+            h, batches = h[:: batch.views], [each.first_views() for each in batches]
         results = [loss(self, h, each) for loss in self.losses for each in batches]
         losses, metrics = zip(*results)
-        names = metrics[0]
-        added = {name: tuple(map(sum, zip(*(m[name] for m in metrics)))) for name in names}
+        added = {key: tuple(map(sum, zip(*(m[key] for m in metrics)))) for key in metrics[0]}
         return sum(losses) / len(losses), added
 
 

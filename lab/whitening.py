@@ -42,9 +42,7 @@ def whitening(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, axes[:, keep] / np.sqrt(variance[keep])
 
 
-def whiten(
-    u: np.ndarray, v: np.ndarray, fitted: tuple[np.ndarray, np.ndarray] | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def whiten(u: np.ndarray, v: np.ndarray, fitted: tuple | None = None) -> tuple:
     """A set's embeddings, with the mean and matrix of other vectors or (None) with its own.
 
     Shapes: (P, D), (P, D) -> (P, K), (P, K).
@@ -53,21 +51,8 @@ def whiten(
     return (u - mean) @ matrix, (v - mean) @ matrix
 
 
-def score_model(
-    encoder: eval_sts.Encoder, sets: dict[str, eval_sts.Pairs], texts: dict[str, list[str] | None]
-) -> dict[str, eval_sts.Scores]:
-    """The scores without whitening ("") and with each entry of --with."""
-    sentences = list(dict.fromkeys(s for left, right, _ in sets.values() for s in left + right))
-    vectors = dict(zip(sentences, encoder(sentences)))  # the same for every row
-
-    def look_up(sentences: list[str]) -> np.ndarray:
-        return np.stack([vectors[s] for s in sentences])
-
-    scores = {"": eval_sts.score_pairs(look_up, sets)}
-    for source, text in texts.items():
-        fitted = whitening(encoder(text)) if text is not None else None
-        scores[source] = eval_sts.score_pairs(look_up, sets, partial(whiten, fitted=fitted))
-    return scores
+def look_up(vectors: dict[str, np.ndarray], sentences: list[str]) -> np.ndarray:
+    return np.stack([vectors[s] for s in sentences])
 
 
 def main() -> None:
@@ -76,19 +61,23 @@ def main() -> None:
     text = f"self, or a sentence file, of which {MAX_SENTENCES:,} are read (default: self)"
     parser.add_argument("--with", dest="sources", metavar="SOURCE,...", default="self", help=text)
     args = parser.parse_args()
-    texts, labels = {}, {"": "", "self": ", white by itself"}
-    for source in args.sources.split(","):
-        texts[source] = None
-        if source != "self":
-            rows = read_sentences(find_text(source, args.data))
-            texts[source] = [row[0] for row in islice(rows, MAX_SENTENCES)]
-            labels[source] = f", white by {Path(source).name}"
+    sources, texts = args.sources.split(","), {}
+    for file in set(sources) - {"self"}:
+        rows = read_sentences(find_text(file, args.data))
+        texts[file] = [row[0] for row in islice(rows, MAX_SENTENCES)]
     names = (*eval_sts.TEST_SETS, "STSB-dev", "SICKR-dev")
     sets = eval_sts.load_sets(names, eval_sts.load_set, find_senteval(args.data))
+    sentences = list(dict.fromkeys(s for left, right, _ in sets.values() for s in left + right))
     rows, reports = {}, []
     for name, pooling, encoder in eval_sts.load_encoders(args):
-        for source, scores in score_model(encoder, sets, texts).items():
-            rows[f"{name} ({pooling}{labels[source]})"] = scores
+        vectors = dict(zip(sentences, encoder(sentences)))  # the same for every row
+        for source in ("", *sources):
+            transform = whiten if source else None
+            if source in texts:
+                transform = partial(whiten, fitted=whitening(encoder(texts[source])))
+            scores = eval_sts.score_pairs(partial(look_up, vectors), sets, transform)
+            label = f", white by {Path(source).name}" if source else ""
+            rows[f"{name} ({pooling}{label})"] = scores
             report = {"model": name, "pooler": pooling, "amp": args.amp}
             report |= {"whitened": source} if source else {}
             reports.append(report | scores | {"average": eval_sts.average(scores)})

@@ -46,20 +46,25 @@ def test_scores_are_those_of_vectors_that_scikit_learn_whitens(source):
     sentences, gold = [f"s{i}" for i in range(60)], list(range(30))
     vectors = dict(zip(sentences, np.concatenate([u, v])))
 
-    def encoder(sentences):
-        return np.stack([vectors[s] for s in sentences])
-
     transform = partial(whitening.whiten, fitted=fitted)
     sets = {"X": (sentences[:30], sentences[30:], gold)}
     pca = PCA(whiten=True).fit(np.concatenate([u, v]) if fitted is None else others)
     cosines = [1 - cosine(*pair) for pair in zip(pca.transform(u), pca.transform(v))]
     expected = 100 * spearmanr(cosines, gold).statistic
-    assert eval_sts.score_pairs(encoder, sets, transform)["X"] == pytest.approx(expected, abs=1e-9)
+    assert eval_sts.score_pairs(partial(whitening.look_up, vectors), sets, transform)[
+        "X"
+    ] == pytest.approx(expected, abs=1e-9)
 
 
-def test_command_has_a_row_without_whitening_and_one_for_each_source(made, tmp_path, command):
+def test_command_has_a_row_without_whitening_and_one_for_each_source(
+    made, tmp_path, command, monkeypatch
+):
     text, file = tmp_path / "text.txt", tmp_path / "rows.json"
     text.write_text("\n".join(random_sentences(400, 3, 1)) + "\n")
+    fit, fitted_on = whitening.whitening, set()
+    record = lambda vectors: (fitted_on.add(len(vectors)), fit(vectors))[1]  # noqa: E731
+    monkeypatch.setattr(whitening, "whitening", record)
+    monkeypatch.setattr(whitening, "MAX_SENTENCES", 123)
     options = ["--pooler", "mean,max", "--with", f"self,{text}", "--data", made, "--json", file]
     out = command(whitening.main, SMALL, *options).out
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -67,6 +72,6 @@ def test_command_has_a_row_without_whitening_and_one_for_each_source(made, tmp_p
     assert [row["pooler"] for row in rows] == ["mean"] * 3 + ["max"] * 3
     assert len({row["STS12"] for row in rows}) == 6
     assert [row["average"] for row in rows] == [eval_sts.average(row) for row in rows]
-    labels = ["mean", "mean, white by itself", "mean, white by text.txt", "max"]
+    labels = ["mean", "mean, white by self", "mean, white by text.txt", "max"]
     assert all(f"{SMALL} ({label}) " in out for label in labels)
-    assert out.count("development: ") == 6
+    assert out.count("development: ") == 6 and 123 in fitted_on
