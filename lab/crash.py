@@ -3,9 +3,9 @@
     python -m lab.crash [--kills 50] [--json FILE]
     python -m lab.crash --soak 60 [--json FILE]
 
-A killed run (SIGKILL) is resumed, perhaps killed again, and ends. Its weights, log and scores must
-equal an undisturbed run's bit for bit, except for times. The run saves its state at every step, so
-that many kills hit a write.
+A run is killed (SIGKILL) and resumed until it ends. Its weights, log and scores must equal an
+undisturbed run's bit for bit, except for times. It saves its state at every step, so that many
+kills hit a write.
 
 --soak MINUTES: every 30 seconds the resident memory and the open files of an endless run are read
 from Linux's /proc. At the end the run gets SIGTERM, as from the time limit of a queue, so its exit
@@ -16,6 +16,7 @@ import itertools
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -23,9 +24,7 @@ from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bert import read_safetensors
 from data import read_lines
-from engine.checkpoint import STATE
 from engine.cli import Parser, positive_int
 from engine.errors import run_main, write_atomically
 
@@ -55,54 +54,41 @@ def finish(process: subprocess.Popen) -> None:
 
 
 def outcome(folder: Path) -> dict:
-    """What two equal runs have in common: weights, log and results."""
+    """What two equal runs have in common."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    results = json.loads((folder / "results.json").read_text())
-    weights = read_safetensors(folder / "best" / "model.safetensors")
-    return {
-        "log": [{key: row[key] for key in row if key not in MAY_DIFFER} for row in rows],
-        "results": {key: results[key] for key in results if key not in MAY_DIFFER},
-        "weights": {name: tensor.numpy().tobytes() for name, tensor in weights.items()},
-    }
-
-
-def run_with_kills(out: Path, flags: list[str], life: float, rng, most: int) -> Counter:
-    """One run that is killed at most that often, and ends. Counts what the kills met."""
-    shutil.rmtree(out, ignore_errors=True)
-    counts, command = Counter(), [*flags, "--out-dir", str(out)]
-    while True:
-        process = start(*command)
-        if counts["kills"] == most or ("--resume" in command and rng.random() < 0.4):
-            finish(process)
-            return counts
-        time.sleep(rng.uniform(0, life))
-        process.kill()
-        if process.wait() == 0:  # it ended first
-            return counts
-        files = {file.name for file in out.rglob("*")}
-        counts["kills"] += 1
-        counts["in_a_write"] += any(name.endswith(".tmp") for name in files)
-        counts["had_a_state"] += STATE in files
-        if "results.json" in files:  # it was about to exit
-            return counts
-        if "config.json" in files:
-            command = ["--resume", str(out)]
+    rows.append(json.loads((folder / "results.json").read_text()))
+    rows = [{key: row[key] for key in row if key not in MAY_DIFFER} for row in rows]
+    return {"rows": rows, "weights": (folder / "best" / "model.safetensors").read_bytes()}
 
 
 def kill(kills: int, folder: Path) -> dict:
-    """Raises: SystemExit if a run did not end as the undisturbed one."""
-    rng, out, counts = random.Random(0), folder / "run", Counter()
+    """Counts what the kills met. Raises: SystemExit if a run did not end as the undisturbed one."""
+    rng, run, counts = random.Random(0), folder / "run", Counter()
     flags, started = make_flags(folder), time.monotonic()
     finish(start(*flags, "--out-dir", str(folder / "undisturbed")))
     life, expected = time.monotonic() - started, outcome(folder / "undisturbed")
-    while counts["kills"] < kills:
-        counts.update(run_with_kills(out, flags, life, rng, kills - counts["kills"]))
-        ended = outcome(out)
+    while True:
+        resume = (run / "config.json").exists()
+        process = start(*(["--resume", str(run)] if resume else [*flags, "--out-dir", str(run)]))
+        is_spared = resume and rng.random() < 0.4
+        if counts["kills"] < kills and not is_spared:
+            time.sleep(rng.uniform(0, life))
+            process.kill()
+        if process.wait() == -signal.SIGKILL:
+            counts["kills"] += 1
+            counts["in_a_write"] += any(run.rglob("*.tmp"))
+        else:
+            finish(process)  # it ended before the kill, and must not have failed
+        if not (run / "results.json").exists():
+            continue
+        ended = outcome(run)
         if wrong := [part for part in expected if ended[part] != expected[part]]:
-            kept = shutil.copytree(out, "crashed")
+            kept = shutil.copytree(run, "crashed")
             raise SystemExit(f"after kill {counts['kills']} other {', '.join(wrong)}: {kept}")
         print(f"{counts['kills']} kills, the end is the same", file=sys.stderr)
-    return dict(counts) | {"all_ends_equal": True}
+        if counts["kills"] == kills:
+            return dict(counts) | {"all_ends_equal": True}
+        shutil.rmtree(run)
 
 
 def look(pid: int) -> dict[str, int]:

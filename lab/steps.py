@@ -37,18 +37,9 @@ SIZES = {  # (encoder and discriminator, generator)
     "minilm": (bert_config(6, 384, 12), bert_config(6, 384, 12)),
     "base": (bert_config(12, 768, 12), bert_config(6, 768, 12)),
 }
-READINGS = {
-    "published": Config(),
-    "paper": Config(
-        masking="all",
-        edit="sample",
-        edit_scope="masked",
-        protect_sep=True,
-        views="first",
-        generator_dropout=False,
-        pads_in_loss=False,
-    ),
-}
+PAPER = {"masking": "all", "edit": "sample", "edit_scope": "masked", "protect_sep": True}
+PAPER |= {"views": "first", "generator_dropout": False, "pads_in_loss": False}
+READINGS = {"published": Config(), "paper": Config(**PAPER)}
 
 
 def make_batches(cfg: Config, tokenizer: Tokenizer, count: int) -> list[Batch]:
@@ -56,10 +47,6 @@ def make_batches(cfg: Config, tokenizer: Tokenizer, count: int) -> list[Batch]:
     rows = itertools.islice(read_sentences(TEXT), count * cfg.batch_size)
     sentences = TokenizedSentences(rows, tokenizer, cfg.max_length)
     return [draw_batch(sentences, tokenizer, cfg, step) for step in range(count)]
-
-
-# ------------------------------------------------------------------------------------------------
-# The peer
 
 
 class Peer(nn.Module):
@@ -85,11 +72,6 @@ class Peer(nn.Module):
     def replace_cls(self, module: nn.Module, inputs: tuple, states: Tensor) -> Tensor:
         return torch.cat([self.h[:, None].to(states.dtype), states[:, 1:]], dim=1)
 
-    def train(self, mode: bool = True) -> "Peer":
-        super().train(mode)
-        self.generator.train(mode and self.cfg.generator_dropout)
-        return self
-
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
         cfg, (x, mask, x_masked, selected) = self.cfg, batch.tensors()
         cls = self.encoder(input_ids=x, attention_mask=mask.long()).last_hidden_state[:, 0]
@@ -101,7 +83,7 @@ class Peer(nn.Module):
             x, mask, x_masked, selected = (t[::2] for t in (x, mask, x_masked, selected))
             self.h = self.h[::2]
         edited = self.edit(x, mask, x_masked, selected)
-        labels = ((edited != x) & mask).long()
+        labels = (edited != x).long()
         if not cfg.pads_in_loss:
             labels = labels.masked_fill(~mask, -100)
         states = self.discriminator(input_ids=edited, attention_mask=mask.long()).last_hidden_state
@@ -117,6 +99,7 @@ class Peer(nn.Module):
         editable[:, 0] = False
         if cfg.protect_sep:
             editable &= x != self.sep_id
+        self.generator.train(cfg.generator_dropout)
         output = self.generator.bert(input_ids=x_masked, attention_mask=mask.long())
         edited, predicted = x.clone(), []
         for states in output.last_hidden_state[editable].split(256):  # (n, D)
@@ -126,31 +109,27 @@ class Peer(nn.Module):
             else:
                 predicted.append(torch.multinomial(logits.float().softmax(-1), 1).squeeze(1))
         edited[editable] = torch.cat(predicted)
-        return edited * mask
+        return edited
 
 
-# ------------------------------------------------------------------------------------------------
-# Sides
-
-
-class Without(fast.FastCPU):
+class FastExcept(fast.FastCPU):
     """engine/fast.py without one of its operations."""
 
-    def __init__(self, function: Callable):
+    def __init__(self, excluded: Callable | None):
         super().__init__()
-        self.function = function
+        self.excluded = excluded
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is self.function:
+        if func is self.excluded:
             return func(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
 
 
-OPERATIONS: dict[str, Callable] = {
-    "all": fast.FastCPU,
-    "without dropout": partial(Without, F.dropout),
-    "without attention": partial(Without, F.scaled_dot_product_attention),
-    "without linear": partial(Without, F.linear),
+OPERATIONS = {
+    "all": None,
+    "without dropout": F.dropout,
+    "without attention": F.scaled_dot_product_attention,
+    "without linear": F.linear,
 }
 
 
@@ -158,7 +137,7 @@ def step_side(
     side: str, size: str, reading: str, amp: str, device: str, steps: int
 ) -> Callable[[], float]:
     """Some steps as a side of lab/bench.py: transformers, fast on, fast off, compiled, or one of
-    OPERATIONS. What the work returns is the last step's loss."""
+    OPERATIONS. The work returns the last step's loss."""
     cfg, tokenizer = READINGS[reading], Tokenizer(find_model("assets/small-bert"))
     (encoder, generator), (device, dtype) = SIZES[size], pick_device(device, amp)
     batches = make_batches(cfg, tokenizer, 16)
@@ -179,7 +158,7 @@ def step_side(
     draw = itertools.cycle([batch.to(device) for batch in batches])
 
     def work() -> float:
-        with OPERATIONS.get(side, nullcontext)():
+        with FastExcept(OPERATIONS[side]) if side in OPERATIONS else nullcontext():
             for _ in range(steps):
                 metrics = step(next(draw))
         return float(metrics["loss"][0])

@@ -66,9 +66,7 @@ def random_batch(V: int) -> Batch:
     x[:, 0] = Words.cls_id
     x[torch.arange(R), mask.sum(1) - 1] = Words.sep_id
     x[~mask] = Words.pad_id
-    selected = (
-        torch.rand(R, T) < 0.4
-    ) & mask  # special tokens too, which mask_tokens never selects
+    selected = mask & (torch.rand(R, T) < 0.4)  # special tokens too, unlike mask_tokens
     return Batch(x, mask, torch.where(selected, Words.mask_id, x), selected, V)
 
 
