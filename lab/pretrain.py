@@ -5,12 +5,10 @@
     python -m lab.pretrain --text wiki.txt.xz --start assets/small-bert --layers 2 --hidden 64 \
         --minutes 5 --out runs/weak                  # a small generator with the same vocabulary
 
-The folder has log.jsonl, best/ with the model, and the state for --resume. Prints the loss on
-held-out paragraphs. Text: UTF-8, one paragraph or sentence per line, an empty line between
-documents; also .gz and .xz. The learning rate follows the clock, and the training of a vocabulary
-breaks ties at random, so two runs of a command differ.
-Trials that led to these choices: results/pretrain/trials.jsonl. Not here: next-sentence loss,
-several GPUs, gradient accumulation, languages without spaces.
+Prints and logs the loss on held-out paragraphs; --out gets log.jsonl, best/ with the model, and the
+state for --resume. The learning rate follows the clock, and the training of a vocabulary breaks
+ties at random, so two runs of a command differ. Trials: results/pretrain/trials.jsonl.
+Not here: next-sentence loss, several GPUs, gradient accumulation, languages without spaces.
 
 Shapes: B rows, T tokens including padding, D hidden size, W words of the vocabulary.
 """
@@ -21,11 +19,8 @@ import itertools
 import json
 import math
 import sys
-import tempfile
 import time
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -86,12 +81,11 @@ def hold_out(documents: list[list[str]], seed: int) -> tuple[list[list[str]], li
     while order and len(held_out) < count:
         held_out += documents[order.pop(0)]
     if not order:
-        hint = "too few to hold some out (an empty line ends a document)"
-        raise UserError(f"the text has {len(documents)} documents, {hint}")
+        raise UserError(f"{len(documents)} documents are too few (an empty line ends a document)")
     return [documents[i] for i in order], held_out[:count]
 
 
-def train_vocabulary(documents: list[list[str]], size: int, folder: str) -> Tokenizer:
+def train_vocabulary(documents: list[list[str]], size: int, folder: Path) -> Tokenizer:
     """A lower-cased WordPiece vocabulary of exactly `size`, saved in the folder as vocab.txt."""
     wordpiece = tokenizers.BertWordPieceTokenizer(lowercase=True)
     wordpiece.train_from_iterator(
@@ -103,9 +97,9 @@ def train_vocabulary(documents: list[list[str]], size: int, folder: str) -> Toke
         show_progress=sys.stderr.isatty(),
     )
     if (found := wordpiece.get_vocab_size()) != size:
-        hint = "use more text, or a smaller --vocab"
-        raise UserError(f"--vocab is {size}, but only {found} pieces occur twice; {hint}")
-    wordpiece.save_model(folder)
+        raise UserError(f"--vocab is {size}, but only {found} pieces occur twice in the text")
+    folder.mkdir()
+    wordpiece.save_model(str(folder))
     return Tokenizer(folder)
 
 
@@ -121,17 +115,15 @@ def make_rows(documents: list[list[str]], tokenizer: Tokenizer, seed: int) -> To
     def rows() -> Iterator[tuple[str]]:
         for paragraphs in documents:
             sentences = list(itertools.chain.from_iterable(map(split_sentences, paragraphs)))
-            row, space = [], -1
+            texts, space = [], -1  # -1: the first sentence begins a row
             for sentence, ids in zip(sentences, tokenizer(sentences, MAX_LENGTH)):
                 length = len(ids) - 2  # without [CLS] and [SEP]
                 if length > space:
-                    if row:
-                        yield (" ".join(row),)
-                    row, space = [], int(rng.integers(MAX_LENGTH // 4, MAX_LENGTH + 1)) - 2
-                row.append(sentence)
+                    texts.append([])
+                    space = rng.integers(MAX_LENGTH // 4, MAX_LENGTH + 1) - 2
+                texts[-1].append(sentence)
                 space -= length
-            if row:
-                yield (" ".join(row),)
+            yield from ((" ".join(text),) for text in texts)
 
     return TokenizedSentences(rows(), tokenizer, MAX_LENGTH, views=1)
 
@@ -271,10 +263,9 @@ def schedule(progress: float) -> tuple[float, float]:
 
 def make_optimizer(model: BertForMaskedLM) -> torch.optim.AdamW:
     """AdamW, with weight decay for matrices only."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    matrices = {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01}
+    others = {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}
+    return torch.optim.AdamW([matrices, others], lr=LR, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
 def train_step(
@@ -305,95 +296,70 @@ def train_step(
 
 
 @torch.no_grad()
-def score_held_out(
-    model: BertForMaskedLM, tokenizer: Tokenizer, paragraphs: list[str]
-) -> tuple[dict[str, float], Tensor]:
+def score_held_out(model: BertForMaskedLM, tokenizer: Tokenizer, paragraphs: list[str]) -> dict:
     """Loss and accuracy per masked word of unseen text, comparable across vocabularies.
 
     15 % of the words of each stretch of 32 are masked, with all their pieces, the same words for
     every lower-cased WordPiece vocabulary. Words with other letters than a to z are left out.
     A word's loss, in nats, is the sum over its pieces; it is correct if every piece is.
-    Returns: means and the number of words; the loss of each word.
     """
     stretches = []
     for words in map(str.split, paragraphs):
         stretches += [" ".join(words[i : i + 32]) for i in range(0, len(words), 32)]
     device, embeddings = model.bert.device, model.bert.embeddings.word.weight
     rng, losses, correct = np.random.default_rng(0), [], []
-    for start in range(0, len(stretches), 128):
-        texts = stretches[start : start + 128]
-        rows, words = [], []  # ids of a stretch; (row, positions) of a masked word
-        for text, encoding in zip(texts, tokenizer.backend.encode_batch(texts)):
-            count = len(set(encoding.word_ids) - {None})  # None: [CLS] and [SEP]
-            for i in np.flatnonzero(rng.random(count) < 0.15).tolist():
-                word = text[slice(*encoding.word_to_chars(i))]
-                first, end = encoding.word_to_tokens(i)
-                if word.isascii() and word.isalpha() and end <= model.max_length:
-                    words.append((len(rows), slice(first, end)))
-            rows.append(torch.tensor(encoding.ids[: model.max_length]))
-        x = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_id)
-        mask, masked = x != tokenizer.pad_id, torch.zeros(x.shape, dtype=torch.bool)
-        for word in words:
-            masked[word] = True
-        x_masked = x.masked_fill(masked, tokenizer.mask_id)
-        states = model.bert(x_masked.to(device), mask.to(device))[masked.to(device)]
-        log_p = model.head(states, embeddings).float().log_softmax(-1).cpu()  # (pieces, W)
-        loss, wrong = torch.zeros(x.shape), torch.zeros(x.shape, dtype=torch.bool)
-        loss[masked] = -log_p.gather(1, x[masked][:, None])[:, 0]
-        wrong[masked] = log_p.argmax(-1) != x[masked]
-        losses += [loss[word].sum().item() for word in words]
-        correct += [not wrong[word].any() for word in words]
+    for text, encoding in zip(stretches, tokenizer.backend.encode_batch(stretches)):
+        words = []  # positions of the pieces of each masked word
+        count = len(set(encoding.word_ids) - {None})  # None: [CLS] and [SEP]
+        for i in np.flatnonzero(rng.random(count) < 0.15).tolist():
+            word = text[slice(*encoding.word_to_chars(i))]
+            first, end = encoding.word_to_tokens(i)
+            if word.isascii() and word.isalpha() and end <= model.max_length:
+                words.append(range(first, end))
+        masked = torch.tensor([i for word in words for i in word], dtype=torch.long, device=device)
+        x = torch.tensor([encoding.ids[: model.max_length]], device=device)  # (1, T)
+        x_masked = x.index_fill(1, masked, tokenizer.mask_id)
+        states = model.bert(x_masked, torch.ones_like(x, dtype=torch.bool))[0, masked]
+        logits = model.head(states, embeddings).float()  # (pieces, W)
+        piece_losses = F.cross_entropy(logits, x[0, masked], reduction="none")
+        piece_correct = logits.argmax(-1) == x[0, masked]
+        sizes = list(map(len, words))
+        losses += [word.sum().item() for word in piece_losses.split(sizes)]
+        correct += [word.all().item() for word in piece_correct.split(sizes)]
     means = {"loss": round(np.mean(losses), 4), "accuracy": round(np.mean(correct), 4)}
-    return means | {"words": len(losses)}, torch.tensor(losses)
+    return means | {"words": len(losses)}
 
 
 # ------------------------------------------------------------------------------------------------
 # A run
 
 
-@dataclass
-class Progress:
-    """The part of a run's state that is not tensors."""
-
-    settings: dict
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0  # of training
-    log: list[dict] = field(default_factory=list)
-
-
-@contextlib.contextmanager
-def run_folder(args: argparse.Namespace) -> Iterator[tuple[dict[str, Tensor], Progress]]:
-    """Hold --out, and give the saved tensors and progress if --resume.
-
-    Raises: UserError if flags and folder do not fit. A folder of another program is not touched.
-    """
-    out, progress = Path(args.out), Progress({name: getattr(args, name) for name in SETTINGS})
+def load_run(args: argparse.Namespace, out: Path) -> tuple[dict[str, Tensor], dict]:
+    """The run's tensors and progress, or those of a new run. Raises: UserError if flags differ."""
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    if not args.resume:
+        return {}, {"settings": settings, "step": 0, "tokens": 0, "seconds": 0.0, "log": []}
     tensors, state = checkpoint.load_state(out)
-    is_new = not out.is_dir() or all(file.name == checkpoint.LOCK for file in out.iterdir())
-    if "pretraining" not in state and (args.resume or not is_new):
-        raise UserError(f"--out {out} has no run of lab.pretrain; use another folder")
-    if not (is_new or args.resume or args.overwrite):
-        raise UserError(f"--out {out} exists: --resume continues its run, --overwrite replaces it")
-    if args.resume:
-        settings, progress = progress.settings, Progress(**state["pretraining"])
-        if settings != progress.settings:
-            raise UserError(f"--resume: the run has {progress.settings}, the flags say {settings}")
-    with checkpoint.new_folder(args.out, "") if is_new else checkpoint.locked(out):
-        restore_folder(out / "best")
-        yield tensors, progress
+    if "pretraining" not in state:
+        raise UserError(f"--resume: {out} has no run of lab.pretrain")
+    progress = state["pretraining"]
+    if progress["settings"] != settings:
+        raise UserError(f"--resume: the run has {progress['settings']}, the flags say {settings}")
+    restore_folder(out / "best")
+    return tensors, progress
 
 
 def prepare(
-    args: argparse.Namespace, resumed: bool, folder: str
+    args: argparse.Namespace, out: Path
 ) -> tuple[Tokenizer, TokenizedSentences, list[str], BertForMaskedLM]:
-    """Tokenizer, rows, held-out paragraphs, model. folder: for the files of a new vocabulary."""
+    """Tokenizer, rows, held-out paragraphs, model. A new vocabulary is saved in best/."""
     documents, held_out = hold_out(read_documents(args.text), args.seed)
-    if name := args.out if resumed else args.start:
-        model, tokenizer = load_bert(find_model(name), mlm=True), Tokenizer(find_model(name))
+    if args.resume or args.start:
+        folder = out / "best" if args.resume else find_model(args.start)
+        model, tokenizer = load_bert(folder, mlm=True), Tokenizer(folder)
         size = model.cfg.num_hidden_layers, model.cfg.hidden_size
     else:
-        tokenizer, size = train_vocabulary(documents, args.vocab, folder), None
+        tokenizer, size = train_vocabulary(documents, args.vocab, out / "best"), None
     rows = make_rows(documents, tokenizer, args.seed)
     torch.manual_seed(args.seed)
     if size != (args.layers, args.hidden):
@@ -401,60 +367,50 @@ def prepare(
     return tokenizer, rows, held_out, model
 
 
-def train(
-    args: argparse.Namespace, tensors: dict[str, Tensor], progress: Progress, folder: str
-) -> None:
+def train(args: argparse.Namespace, out: Path) -> None:
     """Train until the time is over. Raises: UserError if the loss diverges."""
-    out, budget, resumed = Path(args.out), args.minutes * 60, progress.step > 0
+    tensors, progress = load_run(args, out)
     device, amp = pick_device(args.device, "auto")
     amp = None if amp == torch.float16 else amp  # fp16 needs a gradient scaler
-    tokenizer, rows, held_out, model = prepare(args, resumed, folder)
+    tokenizer, rows, held_out, model = prepare(args, out)
     optimizer = make_optimizer(model.to(device))
-    if resumed:
+    if args.resume:
         checkpoint.load_state_dict(tensors, model, optimizer)
     weights, continues = word_weights(rows, tokenizer).to(device), continuing_pieces(tokenizer)
-    batches = itertools.islice(draw_batches(rows, args.seed), progress.step, None)
-    saved, recent = progress.seconds, deque(maxlen=100)
+    batches = itertools.islice(draw_batches(rows, args.seed), progress["step"], None)
+    budget = args.minutes * 60
     print(f"{len(rows):,} rows of {len(rows.ids):,} tokens, on {device.type}", flush=True)
 
-    def log(**losses: float) -> None:
-        row = {"step": progress.step, "tokens": progress.tokens}
-        row |= {"minutes": round(progress.seconds / 60, 2)}
-        row |= score_held_out(model, tokenizer, held_out)[0] | losses
-        progress.log.append(row)
+    def log_and_save(**losses: float) -> None:  # at the start, and 20 times
+        row = {name: progress[name] for name in ("step", "tokens")}
+        row["minutes"] = round(progress["seconds"] / 60, 2)
+        row |= score_held_out(model, tokenizer, held_out) | losses
+        progress["log"].append(row)
         print(", ".join(f"{name} {value:,}" for name, value in row.items()), flush=True)
-
-    def save() -> None:
         with atomic_folder(out / "best") as best:
             save_bert(model, best, torch.float16)
             tokenizer.save(best, model.max_length)
-        lines = [json.dumps(row) + "\n" for row in progress.log]
+        lines = [json.dumps(row) + "\n" for row in progress["log"]]
         write_atomically(out / "log.jsonl", "".join(lines))
         state = checkpoint.state_dict(model, optimizer, [])
-        checkpoint.save_state(out, state, {"pretraining": asdict(progress)})
+        checkpoint.save_state(out, state, {"pretraining": progress})
 
-    if not resumed:
-        log()
     with Stop() as stop:
-        while progress.seconds < budget and not stop.signal:
-            started, share = time.monotonic(), progress.seconds / budget
+        if not args.resume:
+            log_and_save()
+        while progress["seconds"] < budget and not stop.signal:
+            started, share = time.monotonic(), progress["seconds"] / budget
             x, mask = rows.rows(next(batches))
-            rng = torch.Generator().manual_seed(derive_seed(args.seed, 2, progress.step))
+            rng = torch.Generator().manual_seed(derive_seed(args.seed, 2, progress["step"]))
             batch = Batch(x, mask, *mask_words(x, tokenizer, continues, rng), views=1)
-            recent.append(train_step(model, optimizer, batch, weights, share, amp))
-            mlm, cls = np.mean(recent, axis=0).round(4).tolist()
-            progress.step += 1
-            progress.tokens += int(mask.sum())
-            progress.seconds += time.monotonic() - started
+            mlm, cls = train_step(model, optimizer, batch, weights, share, amp)
+            progress["step"] += 1
+            progress["tokens"] += int(mask.sum())
+            progress["seconds"] += time.monotonic() - started
             if not math.isfinite(mlm + cls):
-                raise UserError(f"the loss is NaN or infinite at step {progress.step}")
-            finished = progress.seconds >= budget or stop.signal
-            if finished or int(share * 20) < int(progress.seconds / budget * 20):
-                speed = round(progress.tokens / progress.seconds)
-                log(tokens_per_second=speed, mlm=mlm, cls=cls)
-            if finished or progress.seconds - saved > 300:
-                save()
-                saved = progress.seconds
+                raise UserError(f"the loss is NaN or infinite at step {progress['step']}")
+            if stop.signal or int(progress["seconds"] / budget * 20) > int(share * 20):
+                log_and_save(mlm=round(mlm, 4), cls=round(cls, 4))
     if stop.signal:
         print("stopped; to continue, add --resume", file=sys.stderr)
         sys.exit(128 + stop.signal)
@@ -465,19 +421,12 @@ def train(
 
 
 def score_models(args: argparse.Namespace) -> None:
-    """A JSON line for each model; from the second on with its difference from the first."""
+    """A JSON line for each model."""
     held_out = hold_out(read_documents(args.text), args.seed)[1]
-    first = None
     for name in args.score:
         folder = find_model(name)
         model = load_bert(folder, mlm=True).to(pick_device(args.device, "off")[0])
-        row, losses = score_held_out(model, Tokenizer(folder), held_out)
-        if first is not None and len(first) == len(losses):  # word by word
-            difference = losses - first
-            standard_error = difference.std().item() / math.sqrt(len(losses))
-            row["loss_minus_first"] = round(difference.mean().item(), 4)
-            row["standard_error"] = round(standard_error, 4)
-        first = losses if first is None else first
+        row = score_held_out(model, Tokenizer(folder), held_out)
         print(json.dumps({"model": name, **row}), flush=True)
 
 
@@ -497,11 +446,10 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="(default: 0)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
     add("--resume", action="store_true", help="continue the run in --out")
-    add("--overwrite", action="store_true", help="replace the run in --out")
     args = parser.parse_args()
     if args.score:
         return args
-    if args.minutes is None or args.out is None:
+    if args.minutes is None or not args.out:
         raise UserError("--minutes and --out are needed (or --score)")
     default = BertConfig(vocab_size=8192, num_hidden_layers=4, hidden_size=192)
     cfg = read_config(find_model(args.start)) if args.start else default
@@ -524,8 +472,9 @@ def main() -> None:
     if args.score:
         score_models(args)
         return
-    with run_folder(args) as (tensors, progress), tempfile.TemporaryDirectory() as folder:
-        train(args, tensors, progress, folder)
+    out = Path(args.out).expanduser()
+    with checkpoint.locked(out) if args.resume else checkpoint.new_folder(str(out), ""):
+        train(args, out)
 
 
 if __name__ == "__main__":
