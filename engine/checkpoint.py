@@ -61,16 +61,16 @@ def new_folder(out_dir: str, name: str) -> Iterator[Path]:
             folder = next(numbered)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot create --out-dir {folder}: {error.strerror}") from None
+        raise UserError(f"cannot create {folder}: {error.strerror}") from None
     with locked(folder):
         files = {f.name for f in folder.iterdir() if f.name != LOCK and f.suffix != ".tmp"}
         if "config.json" in files and "results.json" not in files:
             raise UserError(
-                f"--out-dir {folder} has an unfinished run; resume it with: {program()} "
+                f"{folder} has an unfinished run; resume it with: {program()} "
                 f"--resume {folder}, or use another folder"
             )
         if files:
-            raise UserError(f"--out-dir {folder} is not empty; delete it, or use another folder")
+            raise UserError(f"{folder} is not empty; delete it, or use another folder")
         yield folder
 
 
