@@ -229,10 +229,8 @@ class Run:
         """The scores of an evaluation. The time since the last log_metrics is not training."""
         comment = " (before training)" if self.step == 0 else ""
         if self.step and self.is_best(scores):
-            start = self.scores["dev_before"]["score"]
-            comment = (
-                " (best so far)" if scores["score"] > start else " (best so far, below step 0)"
-            )
+            is_below = scores["score"] <= self.scores["dev_before"]["score"]
+            comment = f" (best so far{', below step 0' * is_below})"
         if self.step == 0:
             self.scores["dev_before"] = scores
         self.log(step=self.step, **scores)

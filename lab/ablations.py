@@ -258,6 +258,13 @@ class AblationConfig(Config):
         return choices != ("replaced", "same", "replace", "difference")
 
 
+@dataclass
+class BatchWithNext(Batch):
+    """A batch, and that of the next sentences, in the same order."""
+
+    following: Batch | None = None
+
+
 class AblationModel(DiffCSEModel):
     """DiffCSEModel with another difference_loss, the heads that it needs, and running text."""
 
@@ -313,8 +320,8 @@ class AblationModel(DiffCSEModel):
         batch = Batch(*(t[:, : batch.width] for t in batch.tensors()), batch.views)
         if self.cfg.condition_on == "same":
             return super().forward(batch)
-        own, self.following = (batch.take(slice(i, None, 2), 2) for i in (0, 1))
-        return super().forward(own)
+        own, following = (batch.take(slice(i, None, 2), 2) for i in (0, 1))
+        return super().forward(BatchWithNext(*own.tensors(), following=following))
 
     def difference_loss(self, h: Tensor, batch: Batch) -> Loss:
         """The mean of the losses, so that lam keeps its meaning; counts are added.
@@ -324,11 +331,10 @@ class AblationModel(DiffCSEModel):
         cfg = self.cfg
         batches = [] if cfg.condition_on == "next" else [batch]
         if cfg.condition_on != "same":
-            batches.append(self.following)
+            batches.append(batch.following)
         if cfg.views == "first" and cfg.edit_as == "difference":
             h, batches = h[:: batch.views], [each.first_views() for each in batches]
-        results = [loss(self, h, each) for loss in self.losses for each in batches]
-        losses, metrics = zip(*results)
+        losses, metrics = zip(*(loss(self, h, each) for loss in self.losses for each in batches))
         added = {key: tuple(map(sum, zip(*(m[key] for m in metrics)))) for key in metrics[0]}
         return sum(losses) / len(losses), added
 

@@ -24,11 +24,13 @@ from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from bert import read_json
 from data import read_lines
 from engine.cli import Parser, positive_int
 from engine.errors import run_main, write_atomically
+from engine.hub import ROOT
+from lab.plots import read_log
 
-ROOT = Path(__file__).parent.parent
 MAY_DIFFER = ("seconds", "sentences_per_second", "minutes", "command", "folder")
 
 
@@ -55,8 +57,7 @@ def finish(process: subprocess.Popen) -> None:
 
 def outcome(folder: Path) -> dict:
     """What two equal runs have in common."""
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    rows.append(json.loads((folder / "results.json").read_text()))
+    rows = [*read_log(folder / "log.jsonl"), read_json(folder / "results.json")]
     rows = [{key: row[key] for key in row if key not in MAY_DIFFER} for row in rows]
     return {"rows": rows, "weights": (folder / "best" / "model.safetensors").read_bytes()}
 

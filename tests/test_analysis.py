@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from scipy.stats import binned_statistic
 
 import eval_sts
@@ -15,7 +16,7 @@ from engine.errors import UserError
 from lab import analysis, plots
 
 pytest.importorskip("matplotlib", reason="plots need matplotlib")
-SMALL = Path(__file__).parent.parent / "assets" / "small-bert"
+SMALL = ROOT / "assets" / "small-bert"
 
 
 def random_pairs(seed: int, P: int = 40, D: int = 6):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 from bert import load_bert, write_safetensors
 from data import Tokenizer
@@ -20,7 +21,7 @@ from engine.errors import UserError
 from engine.model_folder import load_model, save_model
 from lab import bench, crash, steps
 
-SMALL_BERT = Path(__file__).parent.parent / "assets" / "small-bert"
+SMALL_BERT = ROOT / "assets" / "small-bert"
 
 
 # ------------------------------------------------------------------------------------------------

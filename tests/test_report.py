@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from scipy.stats import rankdata, spearmanr
 
 from diffcse import PRESETS
@@ -20,7 +21,7 @@ from lab import plots, report
 from lab.ablations import AblationConfig
 
 pytest.importorskip("matplotlib", reason="charts need matplotlib")
-SMALL = Path(__file__).parent.parent / "assets" / "small-bert"
+SMALL = ROOT / "assets" / "small-bert"
 COLUMNS = ("STSB-dev", "STS12", "average")
 BEFORE = f"before: {SMALL}, cls_before_pooler"
 
