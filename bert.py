@@ -1,14 +1,12 @@
 """BERT from scratch: one encoder that is BERT, RoBERTa or DistilBERT, and its files.
 
-Needs torch and the standard library only: copy this file and use it alone. Outputs equal
-transformers' within 1e-5.
+Needs only torch: copy this file and use it alone. Outputs equal transformers' within 1e-5.
 
     model = load_bert("bert-base-uncased/")          # a folder with config.json and weights
     states = model(ids, mask)                        # (R, T), (R, T) bool -> (R, T, D)
     logits = load_bert(folder, mlm=True)(ids, mask)  # (R, T, W)
 
-Reading order: attention, layer, embeddings, Bert, masked-LM head. The rest may be skipped: the
-safetensors format, the three families' names for the same tensors, model folders.
+Reading order: attention, layer, embeddings, Bert, masked-LM head. The rest reads and writes files.
 Shapes: R rows, T tokens including padding, D hidden size, H heads, W words of the vocabulary.
 Not here: decoders, token types other than 0, relative positions, activations other than erf-GELU.
 """
@@ -70,10 +68,7 @@ DISTILBERT_CONFIG |= {"n_layers": "num_hidden_layers", "n_heads": "num_attention
 DISTILBERT_CONFIG |= {"attention_dropout": "attention_probs_dropout_prob"}
 DISTILBERT_CONFIG |= {"dropout": "hidden_dropout_prob", "activation": "hidden_act"}
 SUPPORTED = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
-SUPPORTED |= {"add_cross_attention": False, "sinusoidal_pos_embds": False}  # no others
-
-# ------------------------------------------------------------------------------------------------
-# The network
+SUPPORTED |= {"add_cross_attention": False}  # no others
 
 
 class SelfAttention(nn.Module):
@@ -225,13 +220,9 @@ class BertForMaskedLM(nn.Module):
     def predict_tokens(
         self, ids: Tensor, mask: Tensor, positions: Tensor, temperature: float | None = None
     ) -> Tensor:
-        """The most likely token, or with a temperature a sampled one. Shapes: (R, T) -> (R, T).
-
-        positions (R, T) bool: those to predict; the others keep their ids. Logits are computed for
-        256 positions at a time: all of them together would take hundreds of megabytes.
-        """
+        """Predict tokens at positions (R, T) bool: the likeliest, or sampled at a temperature."""
         tokens = [ids.new_zeros(0)]  # there may be no positions
-        for states in self.bert(ids, mask)[positions].split(256):  # (n, D)
+        for states in self.bert(ids, mask)[positions].split(256):  # (n, D), as logits are large
             logits = self.head(states, self.bert.embeddings.word.weight)  # (n, W)
             if temperature is None:
                 tokens.append(logits.argmax(-1))
@@ -240,20 +231,27 @@ class BertForMaskedLM(nn.Module):
                 draw = 1 - torch.rand(len(logits), 1, device=ids.device)  # > 0, so never p = 0
                 draw = draw * cumulative[:, -1:]  # the last value is 1 up to rounding
                 tokens.append(torch.searchsorted(cumulative, draw).squeeze(1))
-        predicted = ids.clone()
-        predicted[positions] = torch.cat(tokens)
-        return predicted
+        return ids.masked_scatter(positions, torch.cat(tokens))
 
-
-Model = Bert | BertForMaskedLM
 
 # ------------------------------------------------------------------------------------------------
-# safetensors: 8 bytes with the header's length, a JSON header, then the tensors' bytes
+# Files. safetensors: 8 bytes with the header's length, a JSON header, then the tensors' bytes
 
 DTYPES = {"I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32}
 DTYPES |= {"BF16": torch.bfloat16, "F16": torch.float16, "U16": torch.uint16}
 DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}  # in the reference library's order
 MAX_HEADER_SIZE = 100_000_000  # bytes; the reference library's limit
+
+
+def cannot_read(path: str | Path, reason: object) -> ModelError:
+    """The error to raise, in one line: for this reason, or for one that the file itself shows."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(99).startswith(b"version https://git-lfs.github.com/spec/v1"):
+                return ModelError(f"{path} is a git-lfs pointer, not the file; run: git lfs pull")
+    except OSError as error:
+        reason = error.strerror
+    return ModelError(f"{path} cannot be read: {str(reason)[:200]}; copy or download it again")
 
 
 def unique_names(pairs: list) -> dict:
@@ -295,9 +293,9 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         if position != data_size:
             raise ValueError(f"{data_size - position} bytes belong to no tensor")
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0][:200]
-        raise ModelError(f"{path} cannot be read ({reason}); copy or download it again") from None
-    return tensors
+        raise cannot_read(path, str(error).split("\n")[0]) from None
+    shared = metadata or {}  # of safetensors' save_model: {another name of a tensor: its name}
+    return {other: tensors[name] for other, name in shared.items() if name in tensors} | tensors
 
 
 def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
@@ -318,8 +316,8 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# Hugging Face's names. First this file's; then one for all families, or one for BERT and RoBERTa
-# and one for DistilBERT, or one for each. A layer's names follow "layers.3.".
+# Model folders. NAMES: this file's name; then Hugging Face's for all families, or for BERT and
+# RoBERTa and for DistilBERT, or for each. A layer's names follow "layers.3.".
 
 NAMES = """
 embeddings.word        embeddings.word_embeddings
@@ -342,6 +340,7 @@ head                   cls.predictions                      lm_head             
 decoder                cls.predictions.decoder              lm_head.decoder     vocab_projector
 """
 FAMILIES = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert"}  # their classes
+Model = Bert | BertForMaskedLM
 
 
 def hf_name(ours: str, family: str, prefix: str) -> str:
@@ -357,10 +356,6 @@ def hf_name(ours: str, family: str, prefix: str) -> str:
     return f"{prefix}{names[module]}.{kind}"
 
 
-# ------------------------------------------------------------------------------------------------
-# Model folders: config.json and model.safetensors
-
-
 def read_json(path: Path, kind: type = dict) -> dict | list:
     """A JSON object, or with kind=list an array. Raises: ModelError with the file and line."""
     try:
@@ -368,15 +363,14 @@ def read_json(path: Path, kind: type = dict) -> dict | list:
         if not isinstance(value, kind):
             raise ValueError(f"expected {kind.__name__}, found {type(value).__name__}")
     except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or str(error)[:100]
-        raise ModelError(f"{path} cannot be read: {reason}") from None
+        raise cannot_read(path, error) from None
     return value
 
 
 def read_config(folder: str | Path, dropout: float | None = None) -> BertConfig:
     """Raises: ModelError for a model that this file cannot compute."""
     raw = read_json(path := Path(folder) / "config.json")
-    family = raw.get("model_type", "bert")
+    family = raw.get("model_type")
     if family not in list(FAMILIES):  # a list, because a damaged value may be unhashable
         raise ModelError(f"{path}: model_type is {family!r}; supported: {', '.join(FAMILIES)}")
     if family == "distilbert":
@@ -384,8 +378,10 @@ def read_config(folder: str | Path, dropout: float | None = None) -> BertConfig:
         raw = {"num_hidden_layers": 6} | raw | {"type_vocab_size": 0, "layer_norm_eps": 1e-12}
     if family == "roberta":
         raw = {"vocab_size": 50265, "pad_token_id": 1} | raw
+    elif raw.get("pad_token_id", 0) is None:  # RoBERTa alone computes with it
+        raw["pad_token_id"] = 0
     for name, supported in SUPPORTED.items():
-        if (raw.get(name) or supported) != supported:
+        if raw.get(name, supported) != supported:
             raise ModelError(f"{path}: {name} is {raw[name]!r}; supported: {supported!r}")
     if dropout is not None:
         raw |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
@@ -395,37 +391,39 @@ def read_config(folder: str | Path, dropout: float | None = None) -> BertConfig:
         raise ModelError(f"{path}: {error}") from None
 
 
-def read_weights(folder: str | Path) -> dict[str, Tensor]:
-    """From model.safetensors, its shards, or pytorch_model.bin (without running code from it)."""
-    folder = Path(folder)
-    path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if path.is_file():
-        return read_safetensors(path)
-    if index.is_file():
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict):
-            raise ModelError(f"{index} has no weight_map from tensors to files")
-        tensors = {}
-        for shard in sorted({Path(str(shard)).name for shard in shards.values()}):
-            tensors |= read_safetensors(folder / shard)
-        return tensors
-    path = folder / "pytorch_model.bin"
-    if not path.is_file():
-        raise ModelError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+def read_bin(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a file that torch.save wrote; code in it is not run. Raises: ModelError."""
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        return {str(name): tensor.detach() for name, tensor in tensors.items()}
-    except Exception:  # torch raises many types here
-        raise ModelError(f"{path} is not a file of named tensors; code in it is not run") from None
+        items = torch.load(path, map_location="cpu", weights_only=True).items()
+        return {str(name): tensor.detach() for name, tensor in items}
+    except Exception as error:  # torch raises many types
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ModelError(f"{path} needs {code[1]!r}: code in it is not run") from None
+        raise cannot_read(path, "it is not whole, or not a dict of tensors") from None
+
+
+def read_weights(folder: str | Path) -> dict[str, Tensor]:
+    """From model.safetensors or else pytorch_model.bin, each in one file or in shards."""
+    for name, read in ("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin):
+        path, index = Path(folder) / name, Path(folder) / f"{name}.index.json"
+        if path.is_file():
+            return read(path)
+        if index.is_file():
+            shards = read_json(index).get("weight_map")
+            names = shards.values() if isinstance(shards, dict) else [None]
+            if any(Path(str(shard)).name != shard for shard in names):
+                raise ModelError(f"{index} has no weight_map from tensors to files beside it")
+            parts = [read(Path(folder) / shard) for shard in sorted({*names})]
+            return {name: tensor for part in parts for name, tensor in part.items()}
+    raise ModelError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
 
 
 @torch.no_grad()
 def load_bert(folder: str | Path, mlm: bool = False, dropout: float | None = None) -> Model:
     """A pretrained model in fp32, on the CPU, in eval mode; `dropout` overrides its rates.
 
-    If any tensor's name starts with the family's prefix ("bert."), the encoder is those tensors: a
-    released DiffCSE checkpoint also has a discriminator and a generator. The names of unused
-    tensors are in `model.ignored`. Raises: ModelError for a tensor that is missing or misshapen.
+    If any name begins with the family's prefix ("bert."), the encoder is those tensors alone, as in
+    a DiffCSE checkpoint. `model.ignored`: unused names. Raises: ModelError for a wrong tensor.
     """
     cfg, tensors = read_config(folder, dropout), {}
     for name, tensor in read_weights(folder).items():
@@ -443,19 +441,21 @@ def load_bert(folder: str | Path, mlm: bool = False, dropout: float | None = Non
         if f"{prefix}pooler.dense.weight" in tensors and family != "distilbert":
             bert.pooler = nn.Linear(cfg.hidden_size, cfg.hidden_size)
     model.to_empty(device="cpu")
-    embeddings = bert.embeddings.word.weight
     for name, parameter in model.state_dict().items():
         theirs = hf_name(name, family, prefix)
         tensor = tensors.pop(theirs, None)
         what = f"{folder}: tensor {theirs!r} (expected: float {list(parameter.shape)})"
         if tensor is None:
-            raise ModelError(f"{what} is missing")
+            raise ModelError(f"{what} is missing; unused: {sorted(tensors)[:3]}")
         if tensor.shape != parameter.shape or not tensor.is_floating_point():
             raise ModelError(f"{what} is {tensor.dtype} {list(tensor.shape)}")
         parameter.copy_(tensor)  # fp16 and bf16 files become fp32
-    tied = hf_name("decoder.weight", family, "")  # most files leave it out
-    if mlm and not torch.equal(tensors.get(tied, embeddings).float(), embeddings):
-        raise ModelError(f"{folder}: {tied!r} is not tied to the word embeddings")
+    if mlm:
+        tied = {"decoder.weight": bert.embeddings.word.weight, "decoder.bias": model.head.bias}
+        for ours, parameter in tied.items():
+            theirs = hf_name(ours, family, "")  # most files leave it out
+            if not torch.equal(tensors.get(theirs, parameter).float(), parameter):
+                raise ModelError(f"{folder}: {theirs!r} is not tied, which is not supported")
     model.ignored = sorted(tensors)
     return model.eval()
 

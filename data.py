@@ -11,8 +11,10 @@ Not here: filtering or deduplication of sentences (the published code does neith
 
 import csv
 import gzip
+import itertools
 import json
 import lzma
+import shlex
 import sys
 import zlib
 from collections.abc import Iterator
@@ -20,170 +22,170 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import tokenizers
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bert import ModelError, read_json
 from engine import distributed
 from engine.errors import UserError
+from engine.tokenizer_folder import load_tokenizer
 
 # ------------------------------------------------------------------------------------------------
 # Tokenizer
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-TOKENIZER_FILES += ("vocab.txt", "vocab.json", "merges.txt")
-ROLES = ("cls_token", "sep_token", "pad_token", "mask_token", "unk_token")
-BERT_TOKENS = ("[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]")
-ROBERTA_TOKENS = ("<s>", "</s>", "<pad>", "<mask>", "<unk>")
-
 
 class Tokenizer:
-    """A model folder's tokenizer: tokenizer.json, else vocab.txt, else vocab.json and merges.txt.
+    """A model folder's tokenizer; it gives the ids that transformers' AutoTokenizer gives.
 
-    Raises: UserError for a folder without one, a broken file, or missing special tokens.
+    Attributes: vocab_size, the largest id + 1; special_ids; cls_id, sep_id, pad_id, unk_id;
+    mask_id, which only training needs (None: the vocabulary has none).
+    Raises: UserError for a folder without one, a broken file, or an unsupported tokenizer.
     """
 
     def __init__(self, folder: str | Path):
-        folder = Path(folder)
-        self.files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-        self.backend = load_tokenizer(folder, {file.name for file in self.files})
+        self.backend, ids = load_tokenizer(Path(folder))
         self.backend.no_padding()
         self.backend.no_truncation()
-        self.vocab_size = self.backend.get_vocab_size()
-        self.special_ids = special_ids(self.backend, folder)
-        self.cls_id, self.sep_id, self.pad_id, self.mask_id, self.unk_id = self.special_ids
+        self.vocab_size = max(self.vocabulary().values()) + 1
+        self.cls_id, self.sep_id, self.pad_id = ids["cls_token"], ids["sep_token"], ids["pad_token"]
+        self.unk_id, self.mask_id = ids["unk_token"], ids.get("mask_token")
+        self.special_ids = sorted({i for i in ids.values() if i is not None})
 
     def __call__(self, sentences: list[str], max_length: int) -> list[list[int]]:
         """Ids of each sentence, at most max_length including [CLS] and [SEP]."""
         if max_length < 2:
             raise UserError(f"max_length is {max_length}: [CLS] and [SEP] alone take 2")
-        self.backend.enable_truncation(max_length)
         try:
-            return [encoding.ids for encoding in self.backend.encode_batch_fast(sentences)]
+            rows = [encoding.ids for encoding in self.backend.encode_batch_fast(sentences)]
         except TypeError:  # a Python string may hold half of a character
             damaged = next(s for s in sentences if s != s.encode("utf-8", "replace").decode())
             raise UserError(f"{damaged!r:.80} is not valid Unicode: a lone surrogate") from None
-        finally:
-            self.backend.no_truncation()
+        # Cut here: the backend's own truncation is a setting, which threads would share
+        cut = max_length - 1
+        return [row if len(row) <= max_length else [*row[:cut], self.sep_id] for row in rows]
 
     def vocabulary(self) -> dict[str, int]:
         return self.backend.get_vocab()
 
     def check_fits(self, folder: str | Path, vocab_size: int) -> "Tokenizer":
-        if self.vocab_size > vocab_size:
-            sizes = f"{self.vocab_size} tokens, the model's vocab_size is {vocab_size}"
-            raise UserError(f"{folder}: the tokenizer has {sizes}: they do not belong together")
+        token, last = max(self.vocabulary().items(), key=lambda item: item[1])
+        if last >= vocab_size:
+            sizes = f"{token!r} has the id {last}, but the model's vocab_size is {vocab_size}"
+            raise UserError(f"{folder}: {sizes}: tokenizer and model do not belong together")
         return self
 
     def save(self, folder: Path, max_length: int) -> None:
-        """Files for transformers. A missing tokenizer_config.json is made."""
+        """tokenizer.json, and for transformers a tokenizer_config.json, which says: take all of it.
+
+        No other file is needed: added tokens and flags are in tokenizer.json.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        for file in self.files:
-            (folder / file.name).write_bytes(file.read_bytes())
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), "utf-8")
-        if not (folder / "tokenizer_config.json").is_file():
-            config = {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "model_max_length": max_length,
-                "model_input_names": ["input_ids", "attention_mask"],
-                **dict(zip(ROLES, map(self.backend.id_to_token, self.special_ids))),
-            }
-            (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def special_ids(backend: tokenizers.Tokenizer, folder: Path) -> list[int]:
-    tokens = BERT_TOKENS if backend.token_to_id("[CLS]") is not None else ROBERTA_TOKENS
-    ids = [backend.token_to_id(token) for token in tokens]
-    if None in ids:
-        raise UserError(f"{folder}: the vocabulary has no {tokens[ids.index(None)]}")
-    return ids
-
-
-def load_tokenizer(folder: Path, found: set[str]) -> tokenizers.Tokenizer:
-    try:
-        if "tokenizer.json" in found:
-            return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        if "vocab.txt" in found:
-            path = folder / "tokenizer_config.json"
-            config = read_json(path) if path.name in found else {}
-            return tokenizers.BertWordPieceTokenizer(
-                str(folder / "vocab.txt"),
-                lowercase=config.get("do_lower_case", True),
-                strip_accents=config.get("strip_accents"),
-            )._tokenizer
-        if {"vocab.json", "merges.txt"} <= found:
-            return load_roberta_tokenizer(folder)
-    except (UserError, ModelError):
-        raise
-    except Exception as error:  # the library raises plain Exception
-        raise UserError(f"{folder}: the tokenizer cannot be read ({error})") from None
-    raise UserError(f"{folder} has no tokenizer.json, vocab.txt, or vocab.json with merges.txt")
-
-
-def load_roberta_tokenizer(folder: Path) -> tokenizers.Tokenizer:
-    files = str(folder / "vocab.json"), str(folder / "merges.txt")
-    backend = tokenizers.ByteLevelBPETokenizer(*files)._tokenizer
-    cls, sep, *_ = zip(ROBERTA_TOKENS, special_ids(backend, folder))  # raises if one is missing
-    mask = tokenizers.AddedToken("<mask>", lstrip=True)
-    backend.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", mask])
-    backend.post_processor = tokenizers.processors.RobertaProcessing(sep, cls)
-    return backend
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": max_length,
+            "model_input_names": ["input_ids", "attention_mask"],
+        }
+        named = {*self.backend.get_added_tokens_decoder(), self.pad_id}  # to name is to add
+        for role in ("cls", "sep", "pad", "mask", "unk"):
+            if (i := getattr(self, f"{role}_id")) in named:
+                config[f"{role}_token"] = self.backend.id_to_token(i)
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------
 # Sentence files
 
+STARTS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16"}
+STARTS |= {b"\xfe\xff": "UTF-16", b"\0": "UTF-16BE"}  # how a file in another encoding begins
+CSV_ERRORS = {  # the csv module's words, and ours
+    "unexpected end": "a quote in the row that begins here is never closed",
+    "expected after": 'text after a closing quote; a quote inside a quoted cell is written as ""',
+    "new-line": r"a carriage return inside the row; if all lines end so: tr '\r' '\n' < OLD > NEW",
+}
 
-def read_lines(path: Path) -> Iterator[str]:
+
+def file_format(path: Path) -> tuple[str, str]:
+    """(".csv", ".gz"): its suffix and its compression, "" if there is none; in lower case."""
+    name = path.name.lower()
+    packed = Path(name).suffix if name.endswith((".gz", ".xz")) else ""
+    return Path(name.removesuffix(packed)).suffix, packed
+
+
+def advice(path: Path, line: bytes) -> str:
+    """The likely encoding of a line that is not UTF-8, and the command that converts its file."""
+    suffix, packed = file_format(path)
+    show = {".gz": "gunzip -c", ".xz": "unxz -c"}.get(packed, "cat") + " " + shlex.quote(str(path))
+    other = "UTF-16LE" if b"\0" in line else "cp1252"  # which has the letters of Latin-1, and more
+    other = next((STARTS[start] for start in STARTS if line.startswith(start)), other)
+    return f"if it is {other}: {show} | iconv -f {other} -t UTF-8 > fixed{suffix}"
+
+
+def read_lines(path: Path, encoding: str = "utf-8", keep_ends: bool = False) -> Iterator[str]:
     """Lines without their ends; of standard input if the path is "-".
 
     Only \\n ends a line; the reader of the published run also cut at form feeds and the like.
     Raises: UserError with file and line if the text is not UTF-8.
     """
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(file_format(path)[1], open)
     name = "standard input" if str(path) == "-" else path
     try:
         with nullcontext(sys.stdin.buffer) if str(path) == "-" else opener(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                yield text.removesuffix("\n").removesuffix("\r")
+                text = line.decode(encoding).removeprefix("\ufeff" if number == 1 else "")
+                if number == 1 and (i := line.find(b"\0")) >= 0:  # UTF-16 may be valid UTF-8
+                    raise UnicodeDecodeError(encoding, line, i, i + 1, "NUL")
+                yield text if keep_ends else text.removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{name} line {number}: not UTF-8 (byte 0x{error.object[error.start]:02x} at column "
-            f"{error.start + 1}); if it is Latin-1: iconv -f latin1 -t utf8 {path.name} > fixed.txt"
+            f"{error.start + 1}); {advice(path, error.object)}"
         ) from None
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"cannot read {name}: {error.args[-1]}") from None
+
+
+def read_table(path: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """(line number, cells) of the rows of a .csv or .tsv, header first, without blank lines.
+
+    A .csv is quoted as in RFC 4180; in a .tsv a quote is a character. An empty cell becomes a space
+    (official train.py). Raises: UserError that names the line.
+    """
+    is_tsv, columns, number = file_format(path)[0] == ".tsv", 0, 1
+    quoting = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if is_tsv else {}
+    csv.field_size_limit(2**31 - 1)  # of the whole process; long sentences are cut later
+    rows = csv.reader(read_lines(path, keep_ends=True), strict=True, **quoting)
+    try:
+        for row in rows:
+            if not columns and len(row) == 1 and {"\t", ";"} & set(row[0]):
+                raise csv.Error("tab or ; in the header: .csv has commas between cells, .tsv tabs")
+            columns = columns or len(row)
+            if columns > 3:
+                raise csv.Error(f"{columns} columns; expected 1, 2 (pair) or 3 (hard negative)")
+            if row and len(row) != columns:
+                raise csv.Error(f"{len(row)} columns, but the header has {columns}")
+            if row:
+                yield number, tuple(cell or " " for cell in row)
+            number = rows.line_num + 1
+    except csv.Error as error:
+        reason = next((CSV_ERRORS[words] for words in CSV_ERRORS if words in str(error)), error)
+        raise UserError(f"{path} line {number}: {reason}") from None
 
 
 def read_sentences(path: str | Path) -> Iterator[tuple[str, ...]]:
     """Rows (sentence,), (anchor, positive) or (anchor, positive, hard negative), streamed.
 
     .txt has a sentence a line; empty lines count, as in the published code. .csv and .tsv have a
-    header line and 1 to 3 columns; an empty cell becomes a space (official train.py), and blank
-    lines are skipped. Each may end in .gz or .xz. Raises: UserError that names the file and line.
+    header line and 1 to 3 columns. Each may end in .gz or .xz. Raises: UserError with the line.
     """
     path = Path(path)
-    suffix = Path(path.stem).suffix if path.suffix in (".gz", ".xz") else path.suffix
+    suffix, _ = file_format(path)
     if suffix == ".txt":
         yield from ((line,) for line in read_lines(path))
-        return
-    if suffix not in (".csv", ".tsv"):
+    elif suffix in (".csv", ".tsv"):
+        yield from (cells for _, cells in itertools.islice(read_table(path), 1, None))
+    else:
         raise UserError(f"{path}: expected .txt, .csv or .tsv (also .gz, .xz), not {suffix!r}")
-    lines = (line + "\n" for line in read_lines(path))  # a quoted cell may span lines
-    rows = csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
-    try:
-        columns = len(next(rows, [""]))
-        if not 1 <= columns <= 3:
-            raise csv.Error(f"{columns} columns; expected 1, 2 (pair) or 3 (with a hard negative)")
-        for row in filter(None, rows):
-            if len(row) != columns:
-                raise csv.Error(f"{len(row)} columns, but the header has {columns}")
-            yield tuple(cell or " " for cell in row)
-    except csv.Error as error:
-        raise UserError(f"{path} line {rows.line_num}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------

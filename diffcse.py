@@ -336,12 +336,12 @@ class DiffCSEModel(nn.Module):
 def load_encoder(cfg: Config) -> tuple[Tokenizer, Bert]:
     folder = hub.find_model(cfg.model)
     tokenizer, encoder = Tokenizer(folder), load_bert(folder, dropout=cfg.dropout)
-    limit = encoder.max_length
-    if cfg.max_length > limit:
-        raise UserError(f"--max-length is {cfg.max_length}, but {cfg.model} has {limit} positions")
-    tokenizer.check_fits(folder, encoder.cfg.vocab_size)
+    if cfg.max_length > encoder.max_length:
+        raise UserError(f"--max-length is above the {encoder.max_length} positions of {cfg.model}")
+    if tokenizer.mask_id is None:
+        raise UserError(f"{folder}: the vocabulary has no mask token, which training needs")
     check_pooling(encoder, cfg.pooling)
-    return tokenizer, encoder
+    return tokenizer.check_fits(folder, encoder.cfg.vocab_size), encoder
 
 
 def load_generator(cfg: Config, tokenizer: Tokenizer) -> BertForMaskedLM:
@@ -433,7 +433,7 @@ def train(cfg: Config, name: str = "run", model_class: type[DiffCSEModel] = Diff
         embed = partial(encode, encoder, tokenizer, **options)
         embed_amp = partial(embed, amp=amp)  # encode() switches to eval mode, and back
 
-        run.begin(model, optimizer, scaler, sentences, total)  # --resume: sets run.step
+        run.begin(model, optimizer, scaler, sentences, score, total)  # --resume: sets run.step
         if run.step == 0 and distributed.is_main():
             run.scores["before"] = score.test(embed)
             run.scores["first_last"] = score.test(partial(embed, pooling="avg_first_last"))

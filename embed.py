@@ -35,7 +35,7 @@ from engine.errors import UserError, atomic_file, run_main
 from engine.fast import operations
 from engine.hub import find_model
 from engine.index import Index
-from engine.model_folder import DTYPES, RUN_CONFIG, load_model, model_card, save_model
+from engine.model_folder import DTYPES, RUN_CONFIG, exported_card, load_model, save_model
 
 AVERAGES = {"mean": -1, "avg_first_last": 0, "avg_layer1_last": 1, "avg_top2": -2}
 POOLINGS = ("cls", "cls_before_pooler", "max", *AVERAGES)
@@ -216,10 +216,9 @@ def export(args) -> None:
     model = model._replace(pooling=args.pooler or model.pooling)
     check_pooling(model.bert, model.pooling)
     about = f"Made from `{args.model}` by `python embed.py export`; weights in {args.dtype}."
-    card, run_config = model_card(folder.name, model, about), ""
-    if (source / RUN_CONFIG).is_file():  # a run's model: its card has the run's scores
+    card, run_config = exported_card(folder.name, model, about, source), ""
+    if (source / RUN_CONFIG).is_file():  # a run's model
         run_config = (source / RUN_CONFIG).read_text(encoding="utf-8")
-        card = (source / "README.md").read_text(encoding="utf-8") + f"\n{about}\n"
     save_model(model, folder, card, args.dtype, run_config)
     print(f"{folder}: pooling {model.pooling}; tensors left out: {len(model.bert.ignored)}")
 

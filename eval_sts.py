@@ -12,6 +12,7 @@ Not here: whitening, transfer tasks and the paper's analyses of embeddings (see 
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import read_lines, read_sentences
+from data import file_format, read_lines, read_table
 from embed import POOLINGS, encode
 from engine.cli import Parser, add_model_flags
 from engine.errors import UserError, run_main, write_atomically
@@ -87,6 +88,7 @@ FILES = {  # path, number of pairs
     "SICKR-dev": ("SICK/SICK_trial.txt", 500),
     "SICKR-train": ("SICK/SICK_train.txt", 4500),
 }
+NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")  # no nan, no 1_0
 TEST_SETS = (*YEARS, "STSB", "SICKR")  # the columns of the paper's Table 1
 
 
@@ -97,9 +99,7 @@ class MissingSet(UserError):
 def read_set_lines(path: Path, encoding: str = "utf-8") -> list[str]:
     if not path.is_file():
         raise MissingSet(f"{path} is missing: --data has only a part of SentEval's data")
-    if encoding != "utf-8":
-        return path.read_bytes().decode(encoding).removesuffix("\n").split("\n")
-    return list(read_lines(path))
+    return list(read_lines(path, encoding))
 
 
 def load_set(name: str, senteval: Path) -> Pairs:
@@ -138,7 +138,10 @@ def load_set(name: str, senteval: Path) -> Pairs:
 
 def read_pairs(path: Path) -> Pairs:
     """Your own pairs: a .tsv or .csv with a header and two columns of sentences, one of ratings."""
-    pairs = to_pairs((f"{path} pair {i}", row) for i, row in enumerate(read_sentences(path), 1))
+    rows = [(f"{path} line {number}", cells) for number, cells in read_table(path)]
+    if rows and NUMBER.fullmatch(rows[0][1][-1]):
+        raise UserError(f"{rows[0][0]}: a pair; add a header line: sentence1, sentence2, score")
+    pairs = to_pairs(rows[1:])
     if len(pairs[2]) < 2:
         raise UserError(f"{path}: {len(pairs[2])} pairs; at least 2 are needed for a ranking")
     return pairs
@@ -150,14 +153,11 @@ def to_pairs(rows: Iterable[tuple[str, Sequence[str]]]) -> Pairs:
     for where, cells in rows:
         if len(cells) != 3:
             raise UserError(f"{where}: {len(cells)} of 3 columns: two sentences and a score")
-        try:
-            ratings.append(float(cells[2]))
-        except ValueError:
-            ratings.append(np.nan)
-        if not np.isfinite(ratings[-1]):
+        if not NUMBER.fullmatch(cells[2]):
             raise UserError(f"{where}: the score {cells[2]!r} is not a number")
         left.append(cells[0])
         right.append(cells[1])
+        ratings.append(float(cells[2]))
     return left, right, ratings
 
 
@@ -256,7 +256,7 @@ def make_score(score: str, data: str) -> Score:
         dev, test = (ROOT / "assets" / f"sts_captions_{split}.tsv" for split in ("dev", "test"))
         dev_set, test_sets = {"captions-dev": read_pairs(dev)}, {"captions-test": read_pairs(test)}
         return Score("captions dev, Spearman x 100", dev_set, test_sets)
-    if not {".tsv", ".csv"} & set(Path(score).suffixes):
+    if file_format(Path(score))[0] not in (".tsv", ".csv"):
         raise UserError(f"--score is {score}; it must be stsb, dev, captions, FILE.tsv or FILE.csv")
     path = find_text(score, data)
     return Score(f"{path.name}, Spearman x 100", {path.name: read_pairs(path)}, {})

@@ -8,20 +8,23 @@ import os
 import tarfile
 from pathlib import Path
 
-from data import TOKENIZER_FILES
-from engine.errors import UserError, atomic_folder
+from engine.errors import UserError, atomic_folder, expand_home
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
 DATASET = "princeton-nlp/datasets-for-simcse"
 DATASET_TEXTS = ("wiki1m_for_simcse.txt", "nli_for_simcse.csv")
-SMALL_FILES = ["config.json", "modules.json", "[0-9]_*/config.json", *TOKENIZER_FILES]
+SMALL_FILES = ["config.json", "modules.json", "[0-9]_*/config.json"]
+SMALL_FILES += ["tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json"]
+SMALL_FILES += ["tokenizer_config.json", "special_tokens_map.json"]
 SMALL_FILES += ["sentence_bert_config.json", "config_sentence_transformers.json"]
-SAFETENSORS = ["model*.safetensors", "model.safetensors.index.json", "[0-9]_*/model.safetensors"]
-PICKLES = ["pytorch_model.bin", "[0-9]_*/pytorch_model.bin"]  # for repositories without the above
+SAFETENSORS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+SAFETENSORS += ["[0-9]_*/model.safetensors", "[1-9]_*/pytorch_model.bin"]  # a Dense layer's
+PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"]
+PICKLES += ["[0-9]_*/pytorch_model.bin"]  # for repositories without model*.safetensors
 
 
 def cache_folder() -> Path:
-    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "diffcse"
+    return expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "diffcse"
 
 
 def download(repo: str, patterns: list[str], repo_type: str = "model", revision: str = "") -> Path:
@@ -32,6 +35,7 @@ def download(repo: str, patterns: list[str], repo_type: str = "model", revision:
     from huggingface_hub import constants, snapshot_download  # slow to import
 
     options = {"repo_type": repo_type, "revision": revision or None, "allow_patterns": patterns}
+    options["cache_dir"] = expand_home(constants.HF_HUB_CACHE)
     try:
         folder = Path(snapshot_download(repo, **options))
         if any(any(folder.glob(pattern)) for pattern in patterns):
@@ -87,24 +91,35 @@ def find_text(name: str, data: str = "") -> Path:
     return download(DATASET, [name], "dataset") / name
 
 
+def unpack(tar: Path, folder: Path) -> None:
+    """The plain files of a tar. (Python 3.11.3 and others have no extractall(filter="data").)"""
+    with tarfile.open(tar) as archive:
+        for member in filter(tarfile.TarInfo.isfile, archive):  # no links and no devices
+            path = (folder / member.name).resolve()
+            if not path.is_relative_to(folder.resolve()):
+                raise tarfile.TarError(f"{member.name!r} is outside the folder")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(archive.extractfile(member).read())
+
+
 def find_senteval(data: str) -> Path:
     """The folder with STS/ and SICK/: in `data`, or senteval.tar from the Hub, unpacked once.
 
     Raises: UserError if it does not exist and cannot be downloaded.
     """
     if data:
-        for below in ("", "senteval", "SentEval/data/downstream", "downstream"):
+        for below in ("", "senteval", "downstream", "data/downstream", "SentEval/data/downstream"):
             folder = Path(os.path.expanduser(data)) / below
             if os.path.isdir(folder / "STS"):
                 return folder
-        raise UserError(f"{data}: no folder STS in it, nor in its senteval/ or downstream/")
+        raise UserError(f"{data}: no folder STS in it, nor in its senteval/ or data/downstream/")
     tar = download(DATASET, ["senteval.tar"], "dataset") / "senteval.tar"
     name = f"senteval-{tar.resolve().name[:16]}"  # the Hub's cache names a file by its hash
     unpacked = cache_folder() / name
     if not unpacked.is_dir():
         try:
-            with atomic_folder(unpacked) as new, tarfile.open(tar) as archive:
-                archive.extractall(new, filter="data")  # no paths outside
+            with atomic_folder(unpacked) as new:
+                unpack(tar, new)
         except (tarfile.TarError, EOFError) as error:
             reason = str(error).split("\n")[0]
             raise UserError(f"cannot unpack {tar}: {reason}; delete it to try again") from None

@@ -20,6 +20,7 @@ from bert import Bert, load_bert, read_json, read_weights, save_bert, write_safe
 from data import Tokenizer
 from engine.errors import UserError, atomic_folder
 from engine.hub import find_model
+from engine.tokenizer_folder import read_settings
 
 RUN_CONFIG = "run_config.json"  # in a model's folder: the settings of the run that made it
 MAX_LENGTH = 128  # tokens, unless the folder says otherwise; as in the official diffcse/tool.py
@@ -53,19 +54,17 @@ def load_model(name: str | Path) -> LoadedModel:
         bert.pooler = load_tanh_layer(modules["Dense"], pooling, bert.cfg.hidden_size)
         pooling = "cls"
 
-    def settings(path: Path) -> dict:
-        return read_json(path) if path.is_file() else {}
-
-    if prompt := settings(folder / "config_sentence_transformers.json").get("default_prompt_name"):
+    st_config = read_settings(folder / "config_sentence_transformers.json")
+    if prompt := st_config.get("default_prompt_name"):
         raise UserError(f"{folder}: a prompt before every sentence ({prompt!r}) is not supported")
-    st_settings = settings(main / "sentence_bert_config.json")
+    st_settings = read_settings(main / "sentence_bert_config.json")
     if st_settings.get("do_lower_case"):  # before the tokenizer's own normalisation
         own = [tokenizer.backend.normalizer] if tokenizer.backend.normalizer else []
         steps = [tokenizers.normalizers.Lowercase(), *own]
         tokenizer.backend.normalizer = tokenizers.normalizers.Sequence(steps)
     max_length = st_settings.get("max_seq_length") or MAX_LENGTH
     if is_st and not st_settings.get("max_seq_length"):  # their default
-        tokens = settings(main / "tokenizer_config.json")
+        tokens = read_settings(main / "tokenizer_config.json")
         max_length = tokens.get("model_max_length") or bert.max_length
     if not isinstance(max_length, int) or max_length < 2:
         raise UserError(f"{main}: max_seq_length is {max_length!r}; it must be an integer above 1")
@@ -150,6 +149,17 @@ def save_model(
             state = bert.pooler.state_dict().items()
             dense = {f"linear.{name}": tensor.to(DTYPES[dtype]) for name, tensor in state}
             write_safetensors(new / "2_Dense" / "model.safetensors", dense)
+
+
+def exported_card(title: str, model: LoadedModel, about: str, source: Path) -> str:
+    """model_card; or the card of the run in `source`, if its scores are of the same pooling."""
+    is_run = (source / RUN_CONFIG).is_file() and (source / "README.md").is_file()
+    own = (source / "README.md").read_text(encoding="utf-8") if is_run else ""
+    if f"Pooling: `{model.pooling}`." in own:
+        return f"{own}\n{about}\n"
+    if is_run:
+        about += " The scores of its training are left out: they are of another pooling."
+    return model_card(title, model, about)
 
 
 def model_card(title: str, model: LoadedModel, about: str, base_model: str = "") -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from data import read_lines
+from data import file_format, read_lines
 from engine.errors import UserError
 
 ABBREVIATIONS = frozenset(
@@ -44,7 +44,7 @@ def split_sentences(paragraph: str) -> list[str]:
 
 def read_with_next(path: str | Path) -> Iterator[tuple[str, str]]:
     """Each sentence with the next one of its document, streamed; the last one is left out."""
-    if not re.search(r"\.txt(\.[gx]z)?$", str(path)):
+    if file_format(Path(path))[0] != ".txt":
         raise UserError(f"{path}: running text must be a .txt file (also .gz, .xz)")
     previous = ""
     for line in read_lines(Path(path)):

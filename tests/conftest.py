@@ -250,3 +250,16 @@ def random_pair(family: str, mlm: bool, folder: Path):
                 parameter.add_(0.3 * torch.randn_like(parameter))
     theirs.save_pretrained(folder)
     return theirs.double().eval(), bert.load_bert(folder, mlm=mlm).double()
+
+
+# Text that tokenizers and readers stumble on
+RNG = random.Random(7)
+RANGES = (32, 127), (0, 0x3000), (0x10000, 0x1FFFF)
+NASTY = [
+    *("", "   ", "\t\n\r ", "A plain sentence.", "don't -- 3.14, $5!", "x" * 300, "word " * 10_000),
+    *("Ünïcödé ÀÉÎ ŐŰ İstanbul ß ﬁ №", "e\u0301 versus \u00e9, \u212b", "عربى ไทย עברית"),
+    *("漢字かな交じり文 한국어 中", "emoji 🙂👩‍👩‍👧‍👦 🇫🇷", "unknown qzxjkvqzx ☃ \U0010ffff \ufffd"),
+    "control \x00\x01\x07\x1b\x7f \u200b\u200d\ufeff \x85 \u2028 \x0c end",
+    *("[MASK] [CLS] [SEP] [PAD] [UNK] [mask] ##ing", "<s> </s> <pad> <unk> tail"),
+    *("".join(chr(RNG.randrange(*RNG.choice(RANGES))) for _ in range(50)) for _ in range(100)),
+]

@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers", reason="needs requirements-de
 st = pytest.importorskip("safetensors.torch", reason="needs requirements-dev.txt")
 
 INDEX = "model.safetensors.index.json"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 9\n" % (b"a" * 64)
 WORDS = "embeddings.word_embeddings.weight"
 every_family = pytest.mark.parametrize("family", bert.FAMILIES)
 
@@ -66,6 +67,11 @@ def close(a, b):
 def load(folder, tensors, mlm=True):
     st.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return bert.load_bert(folder, mlm)
+
+
+def change_config(folder, **fields):
+    config = bert.read_json(folder / "config.json") | fields
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def same(a, b):
@@ -205,7 +211,11 @@ def test_names_and_unused_tensors(family, tmp_path):
     assert same(load(tmp_path, tensors | {decoder: words.clone()}), model)
     untied = tensors | {decoder: words + 1e-3 * torch.eye(*words.shape)}
     assert same(load(tmp_path, untied, mlm=False), model.bert)  # no decoder in the encoder
-    refused(decoder, load, tmp_path, untied)
+    refused(f"'{decoder}' is not tied", load, tmp_path, untied)
+    if family != "distilbert":  # which has one name for this bias
+        bias = decoder.replace("weight", "bias")
+        assert same(load(tmp_path, tensors | {bias: model.head.bias.detach().clone()}), model)
+        refused(f"'{bias}' is not tied", load, tmp_path, tensors | {bias: words[:, 0].clone()})
 
     def old(name):
         return name.replace("orm.weight", "orm.gamma").replace("orm.bias", "orm.beta")
@@ -216,6 +226,26 @@ def test_names_and_unused_tensors(family, tmp_path):
     assert same(load(tmp_path, tensors, mlm=False), model.bert)
     tensors[f"{norm}.weight"] = tensors[f"{norm}.gamma"] + 1
     refused(f"two tensors are called '{norm}.weight'", load, tmp_path, tensors)
+
+
+@every_family
+def test_shared_tensors_stand_under_any_of_their_names(family, tmp_path):
+    """As safetensors' save_model writes them; transformers' encoder then has random embeddings."""
+    theirs, model = pair(family, tmp_path)
+    state, groups, path = theirs.state_dict(), {}, tmp_path / "model.safetensors"
+    for name, tensor in state.items():
+        groups.setdefault(tensor.data_ptr(), []).append(name)
+    assert sum(len(names) > 1 for names in groups.values()) == (1 if family == "distilbert" else 2)
+    for kept in ("save_model", 0, -1):
+        if kept == "save_model":
+            st.save_model(theirs, str(path))
+        else:
+            others = {name: names[kept] for names in groups.values() for name in names}
+            tensors = {name: state[name] for name in others.values()}
+            st.save_file(tensors, path, {a: b for a, b in others.items() if a != b})
+        assert same(bert.load_bert(tmp_path, mlm=True), model)
+        assert same(bert.load_bert(tmp_path), model.bert)
+    refused("word_embeddings.weight' .* is missing", load, tmp_path, tensors)  # without metadata
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
@@ -236,6 +266,8 @@ def test_missing_misshapen_and_integer_tensors_are_named(name, tmp_path):
     tensors = bert.to_hf(pair("bert", tmp_path)[1])
     tensor = tensors.pop(name)
     refused(f"{tmp_path}.*{name}.* is missing", load, tmp_path, tensors)
+    module = {f"module.{name}": tensor for name, tensor in tensors.items()}  # of DataParallel
+    refused(r"is missing; unused: \['module.bert.embeddings", load, tmp_path, module)
     for wrong, message in [(tensor.T.contiguous(), "float32"), (tensor.long(), "int64")]:
         refused(f"{tmp_path}.*{name}.* is torch.{message}", load, tmp_path, tensors | {name: wrong})
 
@@ -319,26 +351,76 @@ def test_other_float_types_are_saved_and_become_fp32(dtype, tmp_path):
     assert same(again, model.to(dtype).float())
 
 
-def test_shards_and_pickles_equal_the_whole_file(tmp_path):
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_shards_and_pickles_equal_the_whole_file_and_must_be_whole(sharded, kind, tmp_path):
+    """Every file is also cut, missing, or a pointer of git-lfs; no message speaks of code."""
     theirs, whole = pair("bert", tmp_path)
-    for folder in (tmp_path / "shards", tmp_path / "pickle"):
-        theirs.save_pretrained(folder, max_shard_size="10KB")
-    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
-    assert same(bert.load_bert(tmp_path / "shards", mlm=True), whole)
-    (tmp_path / "pickle" / "model.safetensors.index.json").unlink()
-    for is_zip in (True, False):  # False: the format of old files
-        path = tmp_path / "pickle" / "pytorch_model.bin"
-        torch.save(theirs.state_dict(), path, _use_new_zipfile_serialization=is_zip)
-        assert same(bert.load_bert(tmp_path / "pickle", mlm=True), whole)
+    folder = tmp_path / "parts"
+    theirs.save_pretrained(folder, max_shard_size="10KB" if sharded else "1GB")
+    for file in [] if kind == "safetensors" else list(folder.glob("model*")):
+        pickle = folder / f"pytorch_{file.name}".replace("safetensors", "bin")
+        if file.suffix == ".json":
+            names = (
+                file.read_text().replace("model-", "pytorch_model-").replace("safetensors", "bin")
+            )
+            pickle.write_text(names)
+        else:
+            is_zip = kind == "zip"
+            torch.save(st.load_file(file), pickle, _use_new_zipfile_serialization=is_zip)
+        file.unlink()
+    assert same(bert.load_bert(folder, mlm=True), whole)
+    again = transformers.AutoModelForMaskedLM.from_pretrained(folder)
+    assert same(again, theirs)
+    files = list(folder.glob("*model*"))
+    assert len(files) > 3 if sharded else len(files) == 1
+    for file in files:
+        content, cannot = file.read_bytes(), f"^{file} cannot be read: "
+        pointer = f"^{file} is a git-lfs pointer, not the file; run: git lfs pull$"
+        reason = "" if kind == "safetensors" or file.suffix == ".json" else "it is not whole, or "
+        cut = f"{cannot}{reason}.*; copy or download it again$"
+        parts = [content[:n] for n in (0, 1, 50, len(content) // 2, len(content) - 2)]
+        for damaged, message in [(POINTER, pointer), *((part, cut) for part in parts)]:
+            file.unlink()  # it may be mapped
+            file.write_bytes(damaged)
+            assert " code" not in refused(message, bert.load_bert, folder, mlm=True)
+        file.unlink()
+        is_shard = sharded and file.suffix != ".json"
+        refused(f"{cannot}No such" if is_shard else "has neither", bert.load_bert, folder)
+        file.write_bytes(content)
 
 
 def test_pickled_code_is_refused_and_not_run(tmp_path):
     path, code = tmp_path / "pytorch_model.bin", (os.mkdir, (str(tmp_path / "run"),))
     evil = type("Evil", (), {"__reduce__": lambda self: code})()
-    for content in ({"w": evil}, [torch.ones(1)], {"state_dict": {"w": torch.ones(1)}}):
+    for is_zip in (True, False):
+        torch.save({"w": evil}, path, _use_new_zipfile_serialization=is_zip)
+        message = r"pytorch_model.bin needs '\w+.mkdir': code in it is not run$"
+        refused(message, bert.read_weights, tmp_path)
+    for content in ([torch.ones(1)], {"state_dict": {"w": torch.ones(1)}}):
         torch.save(content, path)
-        refused("pytorch_model.bin is not a file of named tensors", bert.read_weights, tmp_path)
+        refused("pytorch_model.bin cannot .* not a dict of tensors", bert.read_weights, tmp_path)
     assert not (tmp_path / "run").exists()
+    bert.write_safetensors(tmp_path / "model.safetensors", {"w": torch.ones(1)})
+    assert list(bert.read_weights(tmp_path)) == ["w"]  # instead of the pickle
+
+
+@pytest.mark.parametrize(
+    "family, field, value",
+    [
+        ("distilbert", "sinusoidal_pos_embds", True),  # how the positions were initialised
+        ("distilbert", "pad_token_id", None),
+        ("bert", "pad_token_id", None),
+    ],
+)
+def test_fields_that_change_no_output(family, field, value, tmp_path):
+    _, before = pair(family, tmp_path)
+    change_config(tmp_path, **{field: value})
+    ours = bert.load_bert(tmp_path, mlm=True)
+    ids, mask = batch(ours)
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
+    close(ours(ids, mask)[mask], theirs(ids, attention_mask=mask).logits[mask])
+    assert same(ours, before)
 
 
 @every_family
@@ -356,30 +438,41 @@ def test_defaults_are_those_of_transformers(family, tmp_path):
 
 BAD_FIELDS = """
 num_attention_heads=0 num_hidden_layers=-1 vocab_size=true hidden_size=8.0 hidden_size="768"
-pad_token_id=null hidden_dropout_prob=1.0 hidden_dropout_prob="0.1" layer_norm_eps=NaN
-hidden_act="relu" sinusoidal_pos_embds=true position_embedding_type="relative_key" is_decoder=true
-add_cross_attention=true model_type="t5" model_type=["bert"]
+pad_token_id=-1 hidden_dropout_prob=1.0 hidden_dropout_prob="0.1" layer_norm_eps=NaN
+hidden_act="relu" position_embedding_type="relative_key" is_decoder=true add_cross_attention=true
+hidden_act=null position_embedding_type=null is_decoder=null layer_norm_eps=null vocab_size=null
+model_type="t5" model_type=["bert"] model_type=null
 """
+HUGE = '{"w": {"dtype": "F32", "shape": [0, 9223372036854775808], "data_offsets": [0, 0]}}'
 BAD_FILES = [
-    ("config.json", '{"hidden_size": 30}', "hidden_size is not divisible"),
-    ("config.json", '{"pad_token_id": 30522}', "pad_token_id is not below vocab_size"),
+    ("config.json", '{"model_type": "bert", "hidden_size": 30}', "hidden_size is not divisible"),
+    ("config.json", '{"model_type": "bert", "pad_token_id": 30522}', "pad_token_id is not below"),
+    ("config.json", '{"model_type": "roberta", "pad_token_id": null}', "pad_token_id is None; exp"),
+    ("config.json", '{"architectures": ["RobertaModel"]}', "model_type is None; supported: bert"),
     ("config.json", '{"model_type": "distilbert", "activation": "relu"}', "hidden_act is 'relu'"),
     ("config.json", '{"model_type": "distilbert", "n_layers": -1}', "num_hidden_layers is -1"),
     ("config.json", "[]", "cannot be read: expected dict, found list"),
     ("config.json", '{"a": 1 "b"}', "cannot be read: Expecting .* line 1 column 9"),
     ("config.json", "[" * 100_000, "cannot be read: .*recursion"),
     ("config.json", "\xff", "cannot be read: .*utf-8"),
-    ("pytorch_model.bin", "no pickle", "is not a file of named tensors"),
-    (INDEX, '{"weight_map": {"w": "../outside"}}', "folder/outside cannot be read .No such"),
-    (INDEX, '{"weight_map": {"w": ".."}}', "folder/.. cannot be read .Is a directory"),
+    ("pytorch_model.bin", "<html>", "cannot be read: it is not whole, or not a dict of tensors"),
+    (INDEX, '{"weight_map": {"w": "../outside"}}', "no weight_map from tensors to files beside it"),
+    (INDEX, '{"weight_map": {"w": ".."}}', "folder/.. cannot be read: Is a directory"),
+    (INDEX, '{"weight_map": {"w": ["shard"]}}', "has no weight_map"),
     (INDEX, '{"weight_map": ["shard"]}', "has no weight_map"),
     (INDEX, "[]", "cannot be read: expected dict"),
+    (
+        "model.safetensors",
+        chr(len(HUGE)) + "\0" * 7 + HUGE,
+        "cannot be read: .*Overflow.*; copy or",
+    ),
     ("vocab.txt", "", "folder has neither model.safetensors nor pytorch_model.bin"),
 ]
 for field in BAD_FIELDS.split():
     name, value = field.split("=")
     message = re.escape(f"{name} is {json.loads(value)!r}; ")
-    BAD_FILES.append(("config.json", f'{{"{name}": {value}}}', message))
+    content = f'{{"model_type": "bert", "{name}": {value}}}'  # of two model_types the last counts
+    BAD_FILES.append(("config.json", content, message))
 
 
 @pytest.mark.parametrize("name, content, message", BAD_FILES, ids=lambda text: text[:60])
@@ -388,6 +481,6 @@ def test_bad_folders_are_refused_with_the_file(name, content, message, tmp_path)
     folder.mkdir()
     bert.write_safetensors(tmp_path / "outside", {"w": torch.ones(1)})
     refused(f"{folder}/config.json cannot be read: No such file", bert.load_bert, folder)
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"model_type": "bert"}')
     (folder / name).write_text(content, encoding="latin-1")
     assert refused(message, bert.load_bert, folder).count(str(folder)) == 1

@@ -11,7 +11,9 @@ import json
 import lzma
 import os
 import random
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from conftest import ROOT, SPECIAL_WORDS, one_line
+from conftest import NASTY, ROOT, SPECIAL_WORDS, one_line
 from transformers import AutoTokenizer, BertTokenizerFast, RobertaTokenizerFast
 
 import data
@@ -30,16 +32,6 @@ from engine.errors import UserError
 from engine.tokens import TokenizedSentences
 
 SMALL = ROOT / "assets" / "small-bert"
-RNG = random.Random(7)
-RANGES = (32, 127), (0, 0x3000), (0x10000, 0x1FFFF)
-NASTY = [
-    *("", "   ", "\t\n\r ", "A plain sentence.", "don't -- 3.14, $5!", "x" * 300, "word " * 10_000),
-    *("Ünïcödé ÀÉÎ ŐŰ İstanbul ß ﬁ №", "e\u0301 versus \u00e9, \u212b", "عربى ไทย עברית"),
-    *("漢字かな交じり文 한국어 中", "emoji 🙂👩‍👩‍👧‍👦 🇫🇷", "unknown qzxjkvqzx ☃ \U0010ffff \ufffd"),
-    "control \x00\x01\x07\x1b\x7f \u200b\u200d\ufeff \x85 \u2028 \x0c end",
-    *("[MASK] [CLS] [SEP] [PAD] [UNK] [mask] ##ing", "<s> </s> <pad> <unk> tail"),
-    *("".join(chr(RNG.randrange(*RNG.choice(RANGES))) for _ in range(50)) for _ in range(100)),
-]
 
 
 @pytest.fixture(scope="module")
@@ -56,99 +48,6 @@ def write_folder(folder: Path, **files: str) -> Path:
 
 
 # ------------------------------------------------------------------------------------------------
-# Tokenizer
-
-
-def assert_same_ids(ours: Tokenizer, theirs) -> None:
-    for max_length in (2, 3, 32, 100_000):  # the last one after short ones: nothing is truncated
-        ids = ours(NASTY, max_length)
-        assert ids == theirs(NASTY, truncation=True, max_length=max_length)["input_ids"]
-        assert max(map(len, ids)) <= max_length
-    assert max(map(len, ids)) > 10_000
-    names = [f"{name}_id" for name in ("cls", "sep", "pad", "mask", "unk")]
-    their_ids = [getattr(theirs, name.replace("_id", "_token_id")) for name in names]
-    assert ours.special_ids == [getattr(ours, name) for name in names] == their_ids
-    assert ours.vocab_size == len(theirs) == len(ours.vocabulary())
-
-
-CONFIGS = [None, {"do_lower_case": False}, {"do_lower_case": False, "strip_accents": True}]
-CONFIGS += [{"strip_accents": False}]
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-def test_vocab_txt_alone_equals_transformers(tmp_path, config):
-    shutil.copy(SMALL / "vocab.txt", tmp_path)
-    if config:
-        write_folder(tmp_path, tokenizer_config_json=json.dumps(config))
-    assert_same_ids(Tokenizer(tmp_path), BertTokenizerFast.from_pretrained(tmp_path))
-
-
-def test_vocab_json_and_merges_equal_transformers(tmp_path):
-    bpe = tokenizers.ByteLevelBPETokenizer()
-    text = ["The quick brown fox, 3.14 times!", "Hello world, it's a naïve café."] * 3
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    bpe.train_from_iterator(text, vocab_size=350, show_progress=False, special_tokens=special)
-    bpe.save_model(str(tmp_path))
-    ours = Tokenizer(tmp_path)
-    assert_same_ids(ours, RobertaTokenizerFast.from_pretrained(tmp_path))
-    # roberta-base's <mask> includes the space before it, which these two files do not say.
-    assert ours(["a <mask> b"], 32) == ours(["a<mask> b"], 32)
-    assert ours.mask_id in ours(["a <mask>"], 32)[0]
-
-
-def test_a_saved_tokenizer_equals_transformers_and_is_saved_the_same_again(tmp_path, small):
-    """Settings inside tokenizer.json do not pad or truncate, and a call leaves none there."""
-    backend = tokenizers.Tokenizer.from_file(str(SMALL / "tokenizer.json"))
-    backend.enable_padding(length=64)
-    backend.enable_truncation(4)
-    backend.save(str(tmp_path / "tokenizer.json"))
-    odd = Tokenizer(tmp_path)
-    before = odd.backend.to_str()
-    assert_same_ids(odd, AutoTokenizer.from_pretrained(SMALL))
-    assert odd.backend.to_str() == before == small.backend.to_str()
-    odd.save(tmp_path / "one", 77)
-    Tokenizer(tmp_path / "one").save(tmp_path / "two", 88)
-    for file in (tmp_path / "one").iterdir():
-        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "two")
-    assert theirs.model_max_length == 77  # of the tokenizer_config.json that was missing
-    assert_same_ids(small, theirs)
-
-
-def test_mistakes_of_a_call_are_user_errors(small):
-    before = small.backend.to_str()
-    with pytest.raises(UserError, match=r"'half of .* is not valid Unicode: a lone surr") as error:
-        small(["fine", "half of \ud83d"], 4)
-    assert one_line(error) and small.backend.to_str() == before
-    with pytest.raises(UserError, match=r"max_length is 1: \[CLS\] and \[SEP\] alone take 2"):
-        small(["a"], 1)
-    assert small.check_fits("F", small.vocab_size) is small
-    with pytest.raises(UserError, match="^F: .* do not belong together"):
-        small.check_fits("F", small.vocab_size - 1)
-
-
-MERGES = "#version: 0.2\n"
-BAD_TOKENIZERS = [
-    ({}, "no tokenizer"),
-    ({"vocab_json": "{}"}, "no tokenizer"),  # merges.txt is missing
-    ({"tokenizer_json": "{}"}, "cannot be read"),
-    ({"vocab_txt": ""}, "cannot be read"),
-    ({"vocab_txt": "\n".join([*SPECIAL_WORDS[:4], "a"])}, r"no \[MASK\]"),
-    ({"vocab_txt": "\n".join([*SPECIAL_WORDS[1:], "a"])}, r"no \[PAD\]"),
-    ({"vocab_txt": "", "tokenizer_config_json": "{"}, "tokenizer_config.json"),
-    ({"vocab_json": '{"a": 0}', "merges_txt": MERGES}, "no <s>"),
-    ({"vocab_json": '{"a": 0}', "merges_txt": MERGES + "a b\n"}, "cannot be read"),
-]
-
-
-@pytest.mark.parametrize("files, message", BAD_TOKENIZERS)
-def test_bad_tokenizer_folders_are_user_errors(tmp_path, files, message):
-    with pytest.raises((UserError, ModelError), match=message) as error:
-        Tokenizer(write_folder(tmp_path, **files))
-    assert str(tmp_path) in one_line(error)
-
-
-# ------------------------------------------------------------------------------------------------
 # Sentence files
 
 ODD = "\r  two \x0c\x85\u2028\u2029\x1c\x0b still two\t\r"  # only \n ends a line
@@ -162,7 +61,13 @@ GOOD_FILES = [
     ("a.csv", b'h\n\na\n\n""\n\n', ["a", " "]),  # a blank line is no sentence, an empty cell is
     ("a.csv", b"a,b\r\nx,\r\n,y\r\n", [("x", " "), (" ", "y")]),
     ("a.csv", "\ufeffa,b,c\nx,y,z\n,,\n".encode(), [("x", "y", "z"), (" ", " ", " ")]),
-    ("a.tsv", b'a\tb\nx, y\t"tab\there"\n\n\t\n', [("x, y", "tab\there"), (" ", " ")]),
+    ("a.csv", b'\n\r\nh\n\n"1\r\n2"\nsay "hi"\r\r\n', ["1\r\n2", 'say "hi"']),  # blank before h
+    ("a.tsv", b'a\tb\r\nx, y\t"z\r\n\n\t\nu;"\tv"\n', [("x, y", '"z'), (" ", " "), ('u;"', 'v"')]),
+    ("a.csv", b"h\n" + b"x" * 200_000, ["x" * 200_000]),  # longer than the csv module's limit
+    ("a.tsv", b"h\n" + b"x" * 200_000, ["x" * 200_000]),
+    ("A.TXT", b"h\nx\0y\n", ["h", "x\0y"]),  # a tokenizer drops or knows NUL, as it does others
+    ("A.Csv.GZ", gzip.compress(b"h\nx\n"), ["x"]),
+    ("A.TSV.XZ", lzma.compress(b"h\nx\n"), ["x"]),
     ("a.txt", b"", []),
     ("a.csv", b"", []),
     ("a.tsv", b"a\tb\n", []),
@@ -181,10 +86,12 @@ BAD_FILES = [
     ("a.csv", b"a,b\nx,y\n\nx,y,z\n", "line 4: 3 columns, but the header has 2"),
     ("a.csv", b'a,b\n"x\n1",y\nonly\n', "line 4: 1 columns, but the header has 2"),
     ("a.tsv", b"a\tb\tc\td\n", "line 1: 4 columns"),
-    ("a.csv", b"\na,b\n", "line 1: 0 columns"),
-    ("a.csv", b"a\nx\ry\n", "line 2"),
-    ("a.csv", b'a\n"not closed\n', "line 2"),
-    ("a.csv", b"a\n" + b"x" * 200_000, "line 2"),  # the csv module's limit
+    ("a.csv", b"a\nx\ry\n", "line 2: a carriage return inside the row; if all"),
+    ("a.tsv", b"a\tb\rx\ty\r", "line 1: a carriage return inside the row; if all"),
+    ("a.csv", b'a\n"1\n2"\n\n"not\nclosed\n', "line 5: a quote in the row that begins here is ne"),
+    ("a.csv", b'a,b\nx,y\n"open,z\nu,v\n"w",t\n', "line 3: text after a closing quote; a quote"),
+    ("a.csv", b"a\tb\nx\ty\n", "line 1: tab or ; in the header"),
+    ("a.csv", b"\na;b\nx;y\n", "line 2: tab or ; in the header"),
     ("a.txt", b"fine\nalso \xc3\xa9\ncaf\xe9 x\n", "line 3: not UTF-8 (byte 0xe9 at column 4)"),
     ("a.txt.gz", gzip.compress(b"x\n\xff"), "line 2: not UTF-8 (byte 0xff at column 1)"),
     ("a.txt.gz", gzip.compress(LONG)[:-20], "cannot read"),
@@ -205,6 +112,65 @@ def test_bad_sentence_files_are_user_errors_with_file_and_line(tmp_path, name, c
     with pytest.raises(UserError) as error:
         list(read_sentences(tmp_path / name))
     assert message in one_line(error) and str(tmp_path / name) in one_line(error)
+
+
+def random_table(rng: random.Random, is_csv: bool) -> str:
+    """Mostly a table: quoted and bare cells, blank lines, and some characters out of place."""
+    columns, end, text = rng.randint(1, 3), rng.choice(["\n", "\r\n"]), rng.choice(["", "\ufeff"])
+    noise = rng.choice([0, 0, 0, 0.02])
+    for _ in range(rng.randint(0, 6)):
+        cells = []
+        for _ in range(columns):
+            cell = "".join(rng.choices(["a", "é ", '"', "\t", ",", "\r\n", "\n", "\r"], k=3))
+            plain = "".join(c for c in cell if c not in "\t\r\n" and not (is_csv and c in '",'))
+            is_quoted = is_csv and rng.random() < 0.5
+            cells.append('"' + cell.replace('"', '""') + '"' if is_quoted else plain)
+        text += ("," if is_csv else "\t").join(cells) + end * rng.choice([1, 1, 1, 2])
+    return "".join(c + rng.choice('\r",\t') * (rng.random() < noise) for c in text)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_1000_random_tables_are_read_as_by_the_csv_module_or_refused_in_one_line(tmp_path, name):
+    rng, path, read = random.Random(3), tmp_path / name, 0
+    dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if name == "a.tsv" else {}
+    for _ in range(1000):
+        path.write_bytes(random_table(rng, name == "a.csv").encode())
+        try:
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                header, *rows = [*filter(None, csv.reader(file, strict=True, **dialect))] or [[]]
+            is_fine = {*map(len, rows)} <= {len(header)} and len(header) <= 3
+        except csv.Error:
+            is_fine = False
+        try:
+            ours = list(read_sentences(path))
+            assert is_fine and ours == [tuple(cell or " " for cell in row) for row in rows]
+            read += 1
+        except UserError as error:
+            message, content = str(error), path.read_bytes()
+            assert re.fullmatch(rf"{re.escape(str(path))} line \d+: [^\r\n]+", message)
+            cr = re.search(rb"\r+[^\r\n]", content) and "carriage return" in message
+            assert not is_fine or cr or "tab or ; in the header" in message
+    assert read > 600
+
+
+ENCODINGS = [("utf-16-le", "\ufeff", "UTF-16"), ("utf-16-be", "\ufeff", "UTF-16")]
+ENCODINGS += [("utf-32-le", "\ufeff", "UTF-32"), ("utf-32-be", "\ufeff", "UTF-32")]
+ENCODINGS += [(name.lower(), "", name) for name in ("UTF-16LE", "UTF-16BE", "cp1252")]
+
+
+@pytest.mark.skipif(not shutil.which("iconv"), reason="iconv is not installed")
+@pytest.mark.parametrize("codec, mark, other", ENCODINGS)
+def test_the_advised_command_converts_a_file_in_another_encoding(tmp_path, codec, mark, other):
+    content = f"{mark}h\n“café”\n".encode(codec)
+    packs = [("it's a.TXT", bytes), ("a.csv.gz", gzip.compress), ("A.TSV.XZ", lzma.compress)]
+    for name, pack in packs:
+        (tmp_path / name).write_bytes(pack(content))
+        with pytest.raises(UserError, match=r"not UTF-8 \(byte 0x") as error:
+            list(read_sentences(tmp_path / name))
+        _, command = one_line(error).split(f"; if it is {other}: ")
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+        fixed = tmp_path / f"fixed{Path(name.lower()).suffixes[0]}"
+        assert list(read_sentences(fixed))[-1] == ("“café”",)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.csv"])
@@ -383,11 +349,13 @@ def test_another_text_tokenizer_or_length_is_another_entry(tmp_path, build, monk
     assert [is_new(**variant) for variant in variants] == [True] * 3 and len(checksums) == 3
     again = [*variants, {"source": link}, {"source": Path("text.txt")}]
     assert not any([is_new(**variant) for variant in again])
-    assert is_new(source=Path(shutil.copy2(text, tmp_path / "copy.txt"))) and len(checksums) == 3
+    assert not is_new(source=Path(shutil.copy(text, tmp_path / "copy.txt")))  # content counts
+    table = Path(shutil.copy(text, tmp_path / "copy.csv"))
+    assert is_new(source=table) and len(checksums) == 4  # and so does the kind of file
     same_size = content.replace("sentence 7 ", "sentence 8 ")
-    for count, new in enumerate((same_size, content + "one more\n"), 4):  # the second: same time
+    for count, new in enumerate((same_size, content + "one more\n"), 5):
         text.write_text(new)
-        os.utime(text, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+        os.utime(text, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as rsync and tar may
         assert is_new() and len(checksums) == count
 
 

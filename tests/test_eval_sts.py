@@ -131,13 +131,17 @@ def test_damaged_sets_are_user_errors_that_name_the_line(toy, name, file, old, n
 
 
 def test_pairs_of_ones_own(tmp_path):
-    """A blank line is not a pair."""
-    (tmp_path / "pairs.csv").write_text('a,b,score\nx,"y, z",1\n\nu,v,2.5\n\n')
-    assert eval_sts.read_pairs(tmp_path / "pairs.csv") == (["x", "u"], ["y, z", "v"], [1, 2.5])
+    """A blank line is not a pair, and a number is not the name of the column of scores."""
+    (tmp_path / "pairs.csv").write_text('a,b,1st\nx,"y, z",-1e0\n\nu,v, 2.5\n\n')
+    assert eval_sts.read_pairs(tmp_path / "pairs.csv") == (["x", "u"], ["y, z", "v"], [-1, 2.5])
     for text, message in (
-        ("a\tb\n1\t2\n", "pair 1: 2 of 3 columns: two sentences and a score"),
-        ("a\tb\tc\nx\ty\t1\nx\ty\tmuch\n", "pairs.tsv pair 2: the score 'much' is not a number"),
+        ("a\tb\n1\tx\n", "line 2: 2 of 3 columns: two sentences and a score"),
+        ("a\tb\tc\nx\ty\t1\n\nx\ty\tmuch\n", "pairs.tsv line 4: the score 'much' is not a number"),
+        ("a\tb\tc\nx\ty\t1_0\nx\ty\t1\n", "pairs.tsv line 2: the score '1_0' is not a number"),
         ("a\tb\tc\nx\ty\t1\n", "1 pairs; at least 2"),
+        ("", "0 pairs; at least 2"),
+        ("\na\tb\t1\nx\ty\t2\nu\tv\t3\n", "pairs.tsv line 2: a pair; add a header line: sent"),
+        ("a\tb\t-.5 \nx\ty\t2\nu\tv\t3\n", "pairs.tsv line 1: a pair; add a header line: sent"),
     ):
         (tmp_path / "pairs.tsv").write_text(text)
         with pytest.raises(UserError, match=message):
@@ -213,7 +217,8 @@ def test_one_set_selects_and_others_are_shown(made, tmp_path, score, name, dev_s
     head, before, after = how.table({"before": test, "after": test}).splitlines()
     assert head.split() == [*(test_sets or [dev_set]), *("Avg." for _ in more)]
     assert (before.split(), after.split()) == (["before", *columns], ["after", *columns])
-    for score, message in (("all", "stsb, dev"), ("no.tsv", "no.tsv"), ("dev", "STS")):
+    names = [("all", "stsb, dev"), ("a.tsv.json", "stsb, dev"), ("no.tsv", "no.tsv: no such")]
+    for score, message in (*names, ("NO.TSV.GZ", "NO.TSV.GZ: no such file"), ("dev", "STS")):
         with pytest.raises(UserError, match=message):
             eval_sts.make_score(score, str(tmp_path / "empty"))
 
@@ -310,6 +315,20 @@ def test_real_sets_and_the_small_models_written_scores(senteval):
     written = json.loads((ROOT / "results/pretrain/small_bert_cls.json").read_text())
     assert scores == {name: pytest.approx(written[name], abs=0.02) for name in scores}
     assert f"{written['STSB-dev']:.2f}" in (SMALL / "README.md").read_text()
+
+
+@pytest.mark.parametrize("split, count", [("train", 5749), ("dev", 1500), ("test", 1379)])
+def test_stsb_as_pairs_of_ones_own_has_every_pair(senteval, tmp_path, split, count):
+    """Its lines as in GUIDE.md, a quote being a character, against those that load_set reads."""
+    lines = (senteval / f"STS/STSBenchmark/sts-{split}.csv").read_bytes().decode().split("\n")
+    cells = [line.split("\t") for line in lines if line]
+    rows = [["sentence1", "sentence2", "score"], *([c[5], c[6], c[4]] for c in cells)]
+    path = tmp_path / "pairs.tsv"
+    path.write_text("".join("\t".join(row) + "\n" for row in rows), "utf-8")
+    left, right, ratings = eval_sts.read_pairs(path)
+    ours = [" ".join(s.split()) for s in left], [" ".join(s.split()) for s in right], ratings
+    assert ours == eval_sts.load_set("STSB" if split == "test" else f"STSB-{split}", senteval)
+    assert len(ratings) == count == path.read_bytes().count(b"\n") - 1
 
 
 def test_minilm_reaches_its_published_scores(senteval):

@@ -2,13 +2,13 @@
 unreachable.
 """
 
-import functools
 import http.server
 import io
 import json
 import re
 import tarfile
 import threading
+from functools import partial
 from hashlib import sha1
 from pathlib import Path
 
@@ -63,11 +63,28 @@ def test_find_text_looks_here_in_the_data_folder_and_in_the_repository(tmp_path,
     assert refused(hub.find_text, "none.txt") == "none.txt: no such file"
 
 
-@pytest.mark.parametrize("below", ["", "senteval", "SentEval/data/downstream", "downstream"])
+CHECKOUT = "SentEval/data/downstream"
+
+
+@pytest.mark.parametrize("below", ["", "senteval", "downstream", CHECKOUT, CHECKOUT[9:]])
 def test_find_senteval_in_a_folder(tmp_path, below):
     assert "no folder STS" in refused(hub.find_senteval, str(tmp_path))
     (tmp_path / below / "STS").mkdir(parents=True)
     assert hub.find_senteval(str(tmp_path)) == tmp_path / below
+
+
+def test_without_a_home_folder_none_is_made(tmp_path, monkeypatch):
+    """No folder called ~ where the program was started."""
+    pwd = pytest.importorskip("pwd")
+    monkeypatch.chdir(tmp_path)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # KeyError, as for an unknown user
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    for find in (hub.cache_folder, partial(hub.find_model, "org/small")):
+        message = refused(find)
+        assert re.match("~/.cache.*: no home .*set HOME .or XDG_CACHE_HOME for the cache", message)
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -95,7 +112,7 @@ class Hub(http.server.SimpleHTTPRequestHandler):
 
 class Server(http.server.ThreadingHTTPServer):
     def __init__(self, folder: Path):
-        super().__init__(("127.0.0.1", 0), functools.partial(Hub, directory=folder))
+        super().__init__(("127.0.0.1", 0), partial(Hub, directory=folder))
         self.folder, self.requests = folder, []
 
     def publish(self, repo: str, files: dict[str, bytes], revision: str = "main") -> None:
@@ -155,12 +172,15 @@ def server(tmp_path, monkeypatch):
     server.shutdown()
 
 
-def tar_of(*names: str) -> bytes:
+def tar_of(*members: str | tuple[str, bytes, str]) -> bytes:
+    """Files, by name; and (name, type, a link's target). No permissions."""
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as archive:
-        for name in names:
+        for entry in members:
+            name, kind, target = (entry, tarfile.REGTYPE, "") if isinstance(entry, str) else entry
             member = tarfile.TarInfo(name)
-            member.size, member.mode = 3, 0o444
+            member.type, member.linkname, member.mode = kind, target, 0
+            member.size = 3 if member.isfile() else 0
             archive.addfile(member, io.BytesIO(b"abc"))
     return content.getvalue()
 
@@ -196,30 +216,54 @@ def test_only_what_is_needed_is_downloaded_and_only_once(server, tmp_path, monke
 
 
 def test_bad_senteval_tars_are_refused_and_leave_nothing_outside(server, tmp_path, monkeypatch):
-    outside, cut = tar_of("STS/a.txt", "../escaped.txt"), tar_of("STS/a.txt")[:600]
-    for i, tar in enumerate((outside, cut, b"not a tar", tar_of("other/a.txt"))):
+    outside = ("../escaped.txt", "STS/../../escaped.txt", str(tmp_path / "escaped.txt"))
+    bad = [tar_of("STS/a.txt", name) for name in outside]
+    bad += [tar_of("STS/a.txt")[:600], b"not a tar"]
+    for i, tar in enumerate((tar_of("other/a.txt"), *bad)):
         server.publish(DATASET, {"senteval.tar": tar})
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / f"hf{i}"))
-        expected = "tar: no folder STS in it$" if i == 3 else "^cannot unpack .*; delete it to try"
+        expected = "^cannot unpack .*; delete it to try" if i else "tar: no folder STS in it$"
         assert re.search(expected, refused(hub.find_senteval, ""))
         assert not list(tmp_path.rglob("escaped.txt")) and not list(tmp_path.rglob("*.tmp"))
 
 
+def test_plain_files_alone_are_unpacked(tmp_path):
+    """Below the folder, and readable; links, pipes and devices are left out."""
+    special = [("up", tarfile.SYMTYPE, ".."), ("top", tarfile.SYMTYPE, str(tmp_path))]
+    special += [("STS/a.txt", kind, "../../secret") for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE)]
+    special += [("pipe", tarfile.FIFOTYPE, ""), ("device", tarfile.CHRTYPE, "")]
+    names = ["up/a.txt", "top/a.txt", "STS/a.txt", "./STS/b/c.txt"]
+    tar = tar_of(*special, ("STS/b", tarfile.DIRTYPE, ""), *names)
+    (tmp_path / "tar").write_bytes(tar)
+    (tmp_path / "secret").write_bytes(b"secret")
+    hub.unpack(tmp_path / "tar", tmp_path / "new")
+    new = {f"new/{Path(name)}": b"abc" for name in names}
+    assert files_of(tmp_path) == new | {"tar": tar, "secret": b"secret"}
+    for path in (tmp_path / "new").rglob("*"):
+        assert not path.is_symlink() and path.stat().st_mode & 0o600 == 0o600
+        assert path.is_dir() or path.is_file()
+
+
 def test_sentence_transformers_repositories_pickles_and_shards(server, tmp_path):
-    """A folder with its own pooling; and pickles only where there is no safetensors file."""
+    """A folder with its own pooling; and pickles only where the encoder has no safetensors file.
+
+    A Dense layer may have stayed a pickle; model.fp16.safetensors is another variant's.
+    """
     save_model(load_model(SMALL)._replace(pooling="mean"), tmp_path / "mean")
     mean = files_of(tmp_path / "mean", "1_Pooling/notes.txt", "openvino/model.bin")
     server.publish("models/org/mean", mean)
     assert load_model("org/mean").pooling == "mean"
-    more = ["1_Pooling/config.json", "config_sentence_transformers.json", "modules.json"]
-    assert server.downloaded() == sorted([*NEEDED, *more, "sentence_bert_config.json"])
+    assert server.downloaded() == sorted(files_of(tmp_path / "mean").keys() - {"README.md"})
 
     small = {name: (SMALL / name).read_bytes() for name in NEEDED if name != WEIGHTS}
-    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    for weights in (["pytorch_model.bin"], ["model.safetensors.index.json", *shards]):
-        files = small | dict.fromkeys(weights, b"part")
-        server.publish(f"models/org/{len(weights)}", files | {"README.md": b"not needed"})
-        assert files_of(hub.find_model(f"org/{len(weights)}")) == files
+    shards = "model-1-of-2.safetensors model-2-of-2.safetensors model.safetensors.index.json"
+    bins = "pytorch_model-1-of-2.bin pytorch_model-2-of-2.bin pytorch_model.bin.index.json"
+    unused = dict.fromkeys(["README.md", "model.fp16.safetensors"], b"not needed")
+    dense = "1_Pooling/config.json 2_Dense/pytorch_model.bin"
+    for i, weights in enumerate(("pytorch_model.bin", shards, bins, f"{WEIGHTS} {dense}")):
+        files = small | dict.fromkeys(weights.split(), b"part")
+        server.publish(f"models/org/{i}", files | unused)
+        assert files_of(hub.find_model(f"org/{i}")) == files
 
 
 def test_a_refusal_is_one_line_with_the_first_line_of_its_reason(server, tmp_path, monkeypatch):

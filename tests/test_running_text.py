@@ -47,7 +47,7 @@ def test_the_splitter_is_the_one_whose_errors_were_counted():
 def test_sentences_with_the_next_one_of_their_document(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     content = b"A one. B two.\nC three.\r\n\n\n  \nAlone.\n\nD four.  E five. \n"
-    (path := tmp_path / "text.txt.xz").write_bytes(lzma.compress(content))
+    (path := tmp_path / "Text.TXT.xz").write_bytes(lzma.compress(content))
     pairs = [("A one.", "B two."), ("B two.", "C three."), ("D four.", "E five.")]
     assert list(read_with_next(path)) == pairs
     assert list(read_running_text(path)) == [(first,) for first, _ in pairs]

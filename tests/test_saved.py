@@ -11,6 +11,7 @@ import pytest
 import tokenizers
 import torch
 from conftest import ROOT, one_line
+from safetensors.torch import save_file
 
 import bert
 import embed
@@ -121,7 +122,7 @@ def test_export_keeps_a_folders_pooling_and_overwrites_nothing(tmp_path, command
     assert halves.keys() == weights.keys() and {t.dtype for t in halves.values()} == {torch.float16}
     assert (exported / "run_config.json").read_text() == "{}"
     card = (exported / "README.md").read_text()
-    assert card.startswith((run / "README.md").read_text()) and "weights in fp16" in card
+    assert "Pooling: `max`." in card and "weights in fp16" in card
     for words, message in (
         ((minilm, out), "out exists and is not an empty folder; name another"),
         ((SMALL, tmp_path / "new", "--pooler", "cls"), "needs a model with a pooler"),
@@ -134,9 +135,9 @@ def test_export_keeps_a_folders_pooling_and_overwrites_nothing(tmp_path, command
 def test_folders_of_the_first_sentence_transformers_and_lower_casing(tmp_path):
     """0_Transformer, and texts that are lower-cased before a cased tokenizer."""
     base, old = make("bert", tmp_path / "base", hub_files=False), tmp_path / "old"
-    config = {"do_lower_case": False, "tokenizer_class": "BertTokenizer", "model_max_length": 30}
-    (base / "tokenizer_config.json").write_text(json.dumps(config))
     inside = save(load_model(base)._replace(pooling="mean"), old / "0_Transformer")
+    config = {"do_lower_case": False, "tokenizer_class": "BertTokenizer", "model_max_length": 30}
+    (inside / "tokenizer_config.json").write_text(json.dumps(config))
     modules = json.loads((inside / "modules.json").read_text())
     modules[0]["path"] = inside.name
     (old / "modules.json").write_text(json.dumps(modules))
@@ -147,6 +148,56 @@ def test_folders_of_the_first_sentence_transformers_and_lower_casing(tmp_path):
     (inside / "sentence_bert_config.json").write_text('{"do_lower_case": true}')
     assert load_model(old).max_length == 30
     close(encode(old, upper), encode(old, lower))
+
+
+def rename_embeddings(folder: Path) -> None:
+    """As safetensors' save_model stores a tensor that the encoder shares with its old head."""
+    name, other = "embeddings.word_embeddings.weight", "lm_head.decoder.weight"
+    tensors = bert.read_safetensors(folder / "model.safetensors")
+    tensors[other] = tensors.pop(name)
+    (folder / "model.safetensors").unlink()  # it is mapped
+    save_file(tensors, folder / "model.safetensors", {"format": "pt", name: other})
+
+
+def pickle_in_shards(folder: Path) -> None:
+    tensors, shards = bert.read_safetensors(folder / "model.safetensors"), {}
+    for i, name in enumerate(tensors):
+        shards.setdefault(f"pytorch_model-{i % 3}.bin", {})[name] = tensors[name]
+    for shard, part in shards.items():
+        torch.save(part, folder / shard)
+    weight_map = {name: shard for shard, part in shards.items() for name in part}
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "pytorch_model.bin.index.json").write_text(index)
+    (folder / "model.safetensors").unlink()
+
+
+def set_in_config(**fields):
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text()) | fields
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "family, change",
+    [
+        ("roberta", rename_embeddings),
+        ("bert", pickle_in_shards),
+        ("bert", set_in_config(pad_token_id=None)),
+        ("distilbert", set_in_config(sinusoidal_pos_embds=True)),
+    ],
+)
+def test_other_ways_to_store_a_model_keep_its_vectors(tmp_path, family, change):
+    base = make(family, tmp_path / "base")
+    theirs = sentence_transformer(base)  # mean pooling
+    theirs.max_seq_length = load_model(base).max_length
+    expected = theirs.encode(SENTENCES[:50], normalize_embeddings=True)
+    change(base)
+    close(encode(base, SENTENCES[:50], "mean"), expected)
+    folder = save(load_model(base)._replace(pooling="mean"), tmp_path / "saved")
+    close(encode(folder, SENTENCES[:50]), expected)
+    close(sentence_transformer(folder).encode(SENTENCES[:50]), expected)
 
 
 PROMPT = "config_sentence_transformers.json"

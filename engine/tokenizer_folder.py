@@ -1,0 +1,150 @@
+"""A model folder's tokenizer: the ids that transformers' AutoTokenizer gives, or a refusal.
+
+Without this file a tokenizer would be tokenizers.Tokenizer.from_file(folder / "tokenizer.json"). In
+transformers the class decides more. BertTokenizer and RobertaTokenizer take only the vocabulary
+from tokenizer.json, and the rest from tokenizer_config.json. Three more files may add tokens.
+Reference: transformers 5, tokenization_utils_base.py (_from_pretrained), models/bert and roberta.
+"""
+
+from pathlib import Path
+
+from tokenizers import AddedToken, BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer
+from tokenizers.models import BPE, WordPiece
+from tokenizers.processors import RobertaProcessing
+
+from bert import ModelError, read_json
+from engine.errors import UserError
+
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+BERT_TOKENS = dict(zip(ROLES[2:], ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")))
+ROBERTA_TOKENS = dict(zip(ROLES, ("<s>", "</s>", "<unk>", "</s>", "<pad>", "<s>", "<mask>")))
+CLASSES = dict.fromkeys(("BertTokenizer", "DistilBertTokenizer"), BERT_TOKENS)
+CLASSES |= {"RobertaTokenizer": ROBERTA_TOKENS}  # the others take all of tokenizer.json
+CLASSES |= dict.fromkeys(("PreTrainedTokenizer", "TokenizersBackend", "XLMRobertaTokenizer"), {})
+EXTRA = ("extra_special_tokens", "additional_special_tokens")
+
+
+def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int | None]]:
+    """The tokenizer, and the ids of its special tokens by role. Only mask_token's may be None.
+
+    Raises: UserError or ModelError, with the reason, if the ids would not be transformers'.
+    """
+    try:
+        config = read_settings(folder / "tokenizer_config.json")
+        name = find_class(folder, config)
+        backend = read_backend(folder, name)
+        settings = {"truncation_side": (backend.truncation or {}).get("direction")} | config
+        for key in ("truncation_side", "split_special_tokens", "auto_map"):
+            if settings.get(key) not in (None, False, "right"):
+                raise UserError(f"{folder}: the tokenizer's {key} {settings[key]!r} is unsupported")
+        added, special, extra = read_tokens(folder, name, config, backend)
+        special = dict.fromkeys(ROLES) | CLASSES[name] | special
+        special = {role: token for role, token in special.items() if token not in (None, True)}
+        if CLASSES[name]:
+            backend = rebuild(backend, config, special)
+        add_tokens(backend, folder, added, special, extra)
+        family = BERT_TOKENS if backend.token_to_id("[CLS]") is not None else ROBERTA_TOKENS
+        texts = family | {role: str(token) for role, token in special.items()}
+        ids = {role: backend.token_to_id(text) for role, text in texts.items()}
+        if missing := [texts[role] for role in ROLES[2:-1] if ids[role] is None]:
+            raise UserError(f"{folder}: the vocabulary has no {missing[0]}")
+        a = backend.encode("a").ids
+        if [a[:1], a[-1:]] != [[ids["cls_token"]], [ids["sep_token"]]]:
+            advice = '"tokenizer_class": "BertTokenizer" in tokenizer_config.json adds them'
+            raise UserError(f"{folder}: its tokenizer.json adds no [CLS] and [SEP]; {advice}")
+        return backend, ids
+    except (UserError, ModelError):
+        raise
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise UserError(f"{folder}: the tokenizer cannot be read ({error!s:.200})") from None
+
+
+def read_settings(path: Path) -> dict:
+    return read_json(path) if path.is_file() else {}
+
+
+def find_class(folder: Path, config: dict) -> str:
+    """The class without "Fast": tokenizer_config.json's, else config.json's, else the family's."""
+    model = read_settings(folder / "config.json")
+    family = "RobertaTokenizer" if model.get("model_type") == "roberta" else "BertTokenizer"
+    name = str(config.get("tokenizer_class") or model.get("tokenizer_class") or family)
+    if name.removesuffix("Fast") not in CLASSES:
+        raise UserError(f"{folder}: the tokenizer {name} is unsupported; use {', '.join(CLASSES)}")
+    return name.removesuffix("Fast")
+
+
+def read_backend(folder: Path, name: str) -> Tokenizer:
+    """tokenizer.json's tokenizer, or one of the vocabulary's files and nothing else."""
+    kind, parts = BPE, ["vocab.json", "merges.txt"]
+    if CLASSES[name] is BERT_TOKENS:
+        kind, parts = WordPiece, ["vocab.txt"]
+    if (folder / "tokenizer.json").is_file():
+        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        if not CLASSES[name] or isinstance(backend.model, kind):
+            return backend
+    elif CLASSES[name] and all((folder / part).is_file() for part in parts):
+        return Tokenizer(kind.from_file(*(str(folder / part) for part in parts)))
+    needed = f" of type {kind.__name__}, or {' and '.join(parts)}" if CLASSES[name] else ""
+    raise UserError(f"{folder} has no such tokenizer: a {name} needs tokenizer.json{needed}")
+
+
+def read_tokens(folder: Path, name: str, config: dict, file: Tokenizer) -> tuple:
+    """Added tokens by id, special ones by role, and special ones without a role."""
+
+    def token(value: object) -> object:  # a string, or an AddedToken with its flags
+        has_flags = isinstance(value, dict)
+        return AddedToken(**{k: value[k] for k in value if k != "__type"}) if has_flags else value
+
+    in_file = file.get_added_tokens_decoder()
+    numbered = config.get("added_tokens_decoder")  # None: written before transformers 4.34
+    saved = read_settings(folder / "special_tokens_map.json") if numbered is None else {}
+    special = {k: token(v) for k, v in (config | saved).items() if k.endswith("_token")}
+    lists = [settings.get(key) or [] for settings in (config, saved) for key in EXTRA]
+    lists = [list(values.values()) if isinstance(values, dict) else values for values in lists]
+    extra = [token(value) for values in lists for value in values]
+    added = {int(i): token(value) for i, value in (numbered or {}).items()}
+    if numbered is None:
+        texts = list(map(str, (*special.values(), *sum(lists[:3], []))))  # the file's not: as there
+        for text, i in read_settings(folder / "added_tokens.json").items():
+            added[i] = AddedToken(text, special=text in texts, normalized=text not in texts)
+        added |= in_file
+    return added if CLASSES[name] else in_file | added, special, extra
+
+
+def rebuild(backend: Tokenizer, config: dict, special: dict) -> Tokenizer:
+    """A BertTokenizer or a RobertaTokenizer with the vocabulary of `backend`."""
+    roles, flag = {role: str(special.get(role)) for role in BERT_TOKENS}, config.get
+    if isinstance(backend.model, WordPiece):
+        return BertWordPieceTokenizer(
+            backend.get_vocab(with_added_tokens=False),
+            lowercase=flag("do_lower_case", True),
+            strip_accents=flag("strip_accents"),  # None: if lowercase
+            handle_chinese_chars=flag("tokenize_chinese_chars", True),
+            **roles,
+        )._tokenizer
+    model = backend.model
+    model.dropout = model.unk_token = None
+    model.fuse_unk = model.byte_fallback = model.ignore_merges = False
+    backend = ByteLevelBPETokenizer(add_prefix_space=flag("add_prefix_space", False))._tokenizer
+    backend.model = model
+    ends = [(roles[role], model.token_to_id(roles[role])) for role in ("sep_token", "cls_token")]
+    backend.post_processor = RobertaProcessing(*ends)
+    return backend
+
+
+def add_tokens(backend: Tokenizer, folder: Path, added: dict, special: dict, extra: list) -> None:
+    """New tokens get the ids after the vocabulary's: added ones by id, special ones by role."""
+    words, mask = backend.get_vocab(with_added_tokens=False), special.get("mask_token")
+    tokens = [added[i] for i in sorted(added)]
+    texts, roles = list(map(str, tokens)), list(map(str, special.values()))
+    for token in tokens:
+        token.special = token.special or str(token) in roles
+    new = [*special.values(), *extra]
+    new = [t for i, t in enumerate(new) if str(t) not in texts and t not in new[:i]]
+    is_dense = max(words.values()) < len(words)  # no unused ids, which new tokens would overlap
+    if is_dense and new and new[-1] == mask and str(mask) not in words:
+        new.pop()  # a vocabulary without [MASK]: its model has no row for it
+    backend.add_tokens(tokens + [AddedToken(t, special=True) if t == str(t) else t for t in new])
+    misfits = [str(token) for i, token in added.items() if backend.token_to_id(str(token)) != i]
+    if misfits or backend.get_vocab_size() > len(words) and not is_dense:
+        raise UserError(f"{folder}: ids of added tokens do not follow the vocabulary's: {misfits}")
