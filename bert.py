@@ -220,7 +220,7 @@ class BertForMaskedLM(nn.Module):
     def predict_tokens(
         self, ids: Tensor, mask: Tensor, positions: Tensor, temperature: float | None = None
     ) -> Tensor:
-        """Predict tokens at positions (R, T) bool: the likeliest, or sampled at a temperature."""
+        """The likeliest or, with a temperature, sampled ids at `positions`. Shapes: all (R, T)."""
         tokens = [ids.new_zeros(0)]  # there may be no positions
         for states in self.bert(ids, mask)[positions].split(256):  # (n, D), as logits are large
             logits = self.head(states, self.bert.embeddings.word.weight)  # (n, W)

@@ -44,7 +44,6 @@ class Tokenizer:
 
     def __init__(self, folder: str | Path):
         self.backend, ids = load_tokenizer(Path(folder))
-        self.backend.no_padding()
         self.backend.no_truncation()
         self.vocab_size = max(self.vocabulary().values()) + 1
         self.cls_id, self.sep_id, self.pad_id = ids["cls_token"], ids["sep_token"], ids["pad_token"]

@@ -31,7 +31,7 @@ from bert import Bert
 from data import Tokenizer, read_lines
 from engine import cli
 from engine.device import pick_device
-from engine.errors import UserError, atomic_file, run_main
+from engine.errors import UserError, atomic_file, expand_home, run_main
 from engine.fast import operations
 from engine.hub import find_model
 from engine.index import Index
@@ -208,7 +208,7 @@ class DiffCSE:
 
 
 def export(args) -> None:
-    folder = Path(args.out).absolute()
+    folder = expand_home(args.out).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder; name another, or delete it")
     source = find_model(args.model)

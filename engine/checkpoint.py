@@ -1,23 +1,26 @@
 """A run's folder, held by one process, and the state from which the run resumes exactly.
 
-The state is a safetensors file of tensors and one JSON object, from which no code can run. Without
-this file two runs could write into one folder, and an interrupted one would start again.
+The state is a safetensors file: tensors, one JSON object, and the bytes of log.jsonl and best/. No
+code can run from it. Without this file two runs could write into one folder, and an interrupted one
+would start again.
 """
 
 import contextlib
 import itertools
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from bert import read_safetensors, write_safetensors
 from engine.cli import program
-from engine.errors import UserError, atomic_file
+from engine.errors import UserError, atomic_file, expand_home, restore_folder, write_atomically
 
 STATE, LOCK = "state.safetensors", ".lock"
 Metrics = dict[str, tuple[Tensor | float, Tensor | float]]  # (sum, count) of each
@@ -55,7 +58,7 @@ def locked(folder: Path) -> Iterator[Path]:
 def new_folder(out_dir: str, name: str) -> Iterator[Path]:
     """An empty folder, held: out_dir, or the next of runs/NAME-1, -2, ... Raises: UserError."""
     numbered = (Path("runs") / f"{name}-{i}" for i in itertools.count(1))
-    folder = Path(os.path.expanduser(out_dir)) if out_dir else next(numbered)
+    folder = expand_home(out_dir) if out_dir else next(numbered)
     try:
         while not out_dir and folder.exists():
             folder = next(numbered)
@@ -92,6 +95,46 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict]:
         raise UserError(f"{folder / STATE}: {reason}") from None
 
 
+def file_tensors(folder: Path) -> dict[str, Tensor]:
+    """The bytes of log.jsonl and of the files of best/, so that a resume needs neither."""
+    files = [folder / "log.jsonl", *sorted((folder / "best").rglob("*"))]
+    names = [file.relative_to(folder).as_posix() for file in files if file.is_file()]
+    return {f"file.{n}": torch.from_numpy(np.fromfile(folder / n, np.uint8)) for n in names}
+
+
+def restore_files(folder: Path, tensors: dict[str, Tensor]) -> list[str]:
+    """The inverse of file_tensors. Returns the names of files that were missing or damaged."""
+    restore_folder(folder / "best")
+    restored = []
+    for name in (n.removeprefix("file.") for n in tensors if n.startswith("file.")):
+        if not (path := folder / name).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{folder / STATE} has the file {name!r}, which is outside the folder")
+        saved = tensors[f"file.{name}"].numpy().tobytes()
+        found = path.read_bytes() if path.is_file() else b""
+        if found != saved:
+            write_atomically(path, saved)
+        if not found.startswith(saved):  # the log may have later lines
+            restored.append(name)
+    return restored
+
+
+def checksums(model: nn.Module, sentences, score) -> dict[str, int]:
+    """Of everything that a resumed run reads again, by the flag that names it.
+
+    The weights that are trained are in the state. sentences: TokenizedSentences. score: Score.
+    """
+    value, generator = 0, getattr(model, "generator", None)
+    for tensor in generator.state_dict().values() if generator else ():
+        value = zlib.crc32(tensor.cpu().contiguous().numpy(), value)
+    contents = {
+        "model": [repr(model.encoder.cfg), sorted(model.tokenizer.vocabulary().items())],
+        "generator": [repr(getattr(generator, "cfg", None)), value],
+        "train_file": sentences.checksum,
+        "score": [score.dev_set, score.test_sets],
+    }
+    return {name: zlib.crc32(json.dumps(content).encode()) for name, content in contents.items()}
+
+
 def state_dict(
     model: nn.Module, optimizer: torch.optim.Optimizer, pending: list[Metrics]
 ) -> dict[str, Tensor]:
@@ -116,7 +159,7 @@ def load_state_dict(
     tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> list[Metrics]:
     """The inverse of state_dict. Returns `pending`."""
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "pending": {}}
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "pending": {}, "file": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = tensor

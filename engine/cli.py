@@ -6,6 +6,7 @@ Without this file every setting would be written three times: as a field, a flag
 import argparse
 import difflib
 import inspect
+import os
 import re
 import sys
 import typing
@@ -16,9 +17,12 @@ from typing import Literal
 
 from bert import read_json
 from engine.errors import UserError
+from engine.hub import ROOT
 
 # Settings that a resumed run may change, because the result does not depend on them
 MAY_CHANGE = ("resume", "data", "device", "compile", "log_every", "eval_every", "save_minutes")
+LOCATIONS = ("model", "generator", "train_file", "score")  # may change if the content is the same
+RUN_FILES = ["config.json", "state.safetensors", "results.json"]  # of an unfinished run: two
 BOOLEANS = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
 EXPECTED = {bool: "on or off", str: "text", int: "an integer", float: "a number"}
 
@@ -133,21 +137,57 @@ def parse(
         raise UserError(f"unknown argument {unknown[0]}; {hint}")
     known = typing.get_type_hints(config_class)
     changes = {n: parse_field(config_class, n, v) for n, v in vars(args).items() if n in known}
-    folder = changes.get("resume")
+    if folder := changes.get("resume"):
+        folder = changes["resume"] = os.path.expanduser(folder)
     saved = str(Path(folder) / "config.json") if folder else ""
     if not args.config and not folder:
         raise UserError(f"--config is missing; try --config demo, or {', '.join(presets)}")
-    if folder and not Path(saved).is_file():
-        raise UserError(f"--resume {folder}: no run there (it has no config.json)")
+    if folder and (mistake := why_no_run(Path(folder))):
+        raise UserError(f"--resume {folder}: {mistake}")
     cfg = replace(load_preset(config_class, presets, args.config or saved), **changes)
     if folder:
         before, now = asdict(load_preset(config_class, presets, saved)), asdict(cfg)
-        changed = [n for n in now if n not in MAY_CHANGE and now[n] != before[n]]
+        changed = [n for n in now if n not in MAY_CHANGE + LOCATIONS and now[n] != before[n]]
         differ = [f"{flag(n)} is {now[n]!r}, but the run has {before[n]!r}" for n in changed]
         if differ:
             may_change = f"A resumed run keeps its settings, except: {', '.join(MAY_CHANGE[1:])}"
             raise UserError(f"--resume {folder}: {'; '.join(differ)}. {may_change}")
+        for name in ("data", *LOCATIONS):
+            if Path(path := now.get(name, "")).is_absolute() and not Path(path).exists():
+                advice = f"if it was moved, add {flag(name)} and its path"
+                raise UserError(f"--resume {folder}: {path} does not exist; {advice}")
     return ("run" if folder or args.config.endswith(".json") else args.config), cfg
+
+
+def why_no_run(folder: Path) -> str:
+    """What is wrong with a folder that cannot be resumed, and which may have been meant; or ""."""
+    config, copy = folder / "config.json", folder / "best" / "run_config.json"
+    if config.is_file():
+        is_model = "model_type" in read_json(config)
+        return "a model, not a run" + near_runs(folder) if is_model else ""
+    if copy.is_file():
+        return f"its config.json is missing; to restore it: cp {copy} {config}"
+    if (folder / "state.safetensors").is_file():
+        pretrain = f"python -m lab.pretrain ... --out {folder} --resume"
+        return f"it has no config.json; if it is a run of lab.pretrain: {pretrain}"
+    return "no run there (it has no config.json)" + near_runs(folder)
+
+
+def near_runs(folder: Path) -> str:
+    """The unfinished runs that may have been meant by a folder, as advice; "" without any."""
+    candidates = [folder.parent, Path("runs") / folder, ROOT / folder]
+    for parent in (folder, folder.parent, Path("runs")):
+        candidates += sorted(parent.glob("*"))
+    found = {}
+    for path in candidates:
+        if [name for name in RUN_FILES if (path / name).is_file()] == RUN_FILES[:2]:
+            found.setdefault(path.resolve(), str(path))
+
+    def similarity(path: str) -> float:
+        return difflib.SequenceMatcher(None, path, str(folder)).ratio()
+
+    closest = sorted(found.values(), key=similarity, reverse=True)[:3]
+    return f"; did you mean {' or '.join(closest)}?" if found else ""
 
 
 # ------------------------------------------------------------------------------------------------

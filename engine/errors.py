@@ -6,12 +6,15 @@ half a file.
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bert import ModelError
+
+OUT_OF_MEMORY = "out of memory|allocate memory|ALLOC_FAILED"  # in errors of CUDA, MPS and the CPU
 
 
 class UserError(ValueError):
@@ -20,10 +23,14 @@ class UserError(ValueError):
 
 def run_main(main: Callable[[], object]) -> None:
     """Run a command. A user's mistake is one line on stderr and exit code 2; Ctrl-C is 130."""
+    with contextlib.suppress(AttributeError):  # stdout may be closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr's, for an ASCII terminal
     try:
         main()
-    except (UserError, ModelError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    except (UserError, ModelError, MemoryError, RuntimeError) as error:
+        if not (message := message_of(error)):
+            raise
+        print(f"error: {message}", file=sys.stderr, flush=True)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             os._exit(2)  # other processes may wait for this one; torchrun stops them
         sys.exit(2)
@@ -32,6 +39,29 @@ def run_main(main: Callable[[], object]) -> None:
         sys.exit(130)
     except BrokenPipeError:  # the reader of the output, such as `head`, has stopped
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def message_of(error: BaseException) -> str:
+    """The line for a user's mistake or a lack of memory; "" for a bug."""
+    text = str(error)
+    if isinstance(error, (UserError, ModelError)):
+        return text
+    if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, text):
+        size = re.search(r"allocate (\d[\d.]* \w+)", text)
+        return (
+            f"out of memory{f' (allocating {size[1]})' if size else ''}: a smaller --batch-size or "
+            "--max-length needs less, and --device cpu no GPU; -h lists the flags of this command"
+        )
+    return ""
+
+
+def expand_home(path: str | Path) -> Path:
+    """The path with the home folder for ~. Raises: UserError if it is unknown, as in containers."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        reason = "no home folder is known; set HOME (or XDG_CACHE_HOME for the cache)"
+        raise UserError(f"{path}: {reason}, or write a full path") from None
 
 
 @contextlib.contextmanager
@@ -44,7 +74,7 @@ def atomic_file(
 
     Raises: UserError, with the advice, if the disk refuses.
     """
-    path = Path(path)
+    path = expand_home(path)
     if not path.name:  # such as "." or "/"
         raise UserError(f"cannot write {path}: it is a folder")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -126,7 +126,7 @@ def accelerate(
 
 
 def compiled(step: Callable, model: nn.Module) -> Callable:
-    torch._dynamo.config.recompile_limit = 64  # layers share one graph per call signature
+    torch._dynamo.config.cache_size_limit = 64  # layers share one graph per call signature
     for module in model.modules():
         if isinstance(module, Layer):
             module.compile()

@@ -49,7 +49,10 @@ def load_model(name: str | Path) -> LoadedModel:
     main = modules["Transformer"]
     bert = load_bert(main)
     tokenizer = Tokenizer(main).check_fits(main, bert.cfg.vocab_size)
-    pooling = pooling_from_st(modules["Pooling"] / "config.json") if is_st else "cls_before_pooler"
+    st_settings = read_settings(main / "sentence_bert_config.json")
+    pooling = st_settings.get("pooling", "cls_before_pooler")  # if they do not have it: save_model
+    if is_st:
+        pooling = pooling_from_st(modules["Pooling"] / "config.json")
     if "Dense" in modules:
         bert.pooler = load_tanh_layer(modules["Dense"], pooling, bert.cfg.hidden_size)
         pooling = "cls"
@@ -57,7 +60,6 @@ def load_model(name: str | Path) -> LoadedModel:
     st_config = read_settings(folder / "config_sentence_transformers.json")
     if prompt := st_config.get("default_prompt_name"):
         raise UserError(f"{folder}: a prompt before every sentence ({prompt!r}) is not supported")
-    st_settings = read_settings(main / "sentence_bert_config.json")
     if st_settings.get("do_lower_case"):  # before the tokenizer's own normalisation
         own = [tokenizer.backend.normalizer] if tokenizer.backend.normalizer else []
         steps = [tokenizers.normalizers.Lowercase(), *own]
@@ -117,16 +119,19 @@ def save_model(
 ) -> None:
     """Write the whole folder, in place of an existing one, or nothing.
 
-    card: README.md. run_config: the text of RUN_CONFIG. Only the card names a pooling that
-    sentence-transformers does not have.
+    card: README.md. run_config: the text of RUN_CONFIG. With a pooling that sentence-transformers
+    does not have, the folder is not one of theirs.
     """
     bert, tokenizer, pooling, max_length = model
     D, mode = bert.cfg.hidden_size, pooling.removesuffix("_before_pooler")
     files: dict[str, dict | list | str] = {"README.md": card}
     if run_config:
         files[RUN_CONFIG] = run_config
-    files["sentence_bert_config.json"] = {"max_seq_length": min(max_length, bert.max_length)}
-    if pooling in ST_POOLINGS:
+    st_settings = {"max_seq_length": min(max_length, bert.max_length)}
+    files["sentence_bert_config.json"] = st_settings
+    if pooling not in ST_POOLINGS:
+        st_settings["pooling"] = pooling
+    else:
         kinds = [kind for kind in ST_FOLDERS if kind != "Dense" or pooling == "cls"]
         files["modules.json"] = [
             {"idx": i, "name": str(i), "path": ST_FOLDERS[kind], "type": f"{ST_TYPES}.{kind}"}

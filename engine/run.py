@@ -4,7 +4,8 @@
         config.json        settings; --resume refuses others
         log.jsonl          one line per log_every steps and per evaluation
         best/              the best model so far, for embed.py, sentence-transformers, transformers
-        state.safetensors  the state from which a run resumes exactly; deleted at the end
+        state.safetensors  the state from which a run resumes exactly, with a copy of log.jsonl and
+                           best/; deleted at the end
         results.json       written last: a run that has it is finished
 
 Without this file training would work, and print nothing, keep nothing and start from step 0.
@@ -18,6 +19,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -32,26 +34,43 @@ from engine import distributed
 from engine.checkpoint import (
     STATE,
     Metrics,
+    checksums,
+    file_tensors,
     load_state,
     load_state_dict,
     locked,
     new_folder,
+    restore_files,
     save_state,
     state_dict,
 )
-from engine.cli import program
+from engine.cli import LOCATIONS, flag, near_runs, program
 from engine.device import machine
-from engine.errors import UserError, restore_folder, write_atomically
-from engine.hub import local_folder
+from engine.errors import UserError, write_atomically
+from engine.hub import ROOT, local_folder
 from engine.model_folder import MAX_LENGTH, LoadedModel, model_card, save_model
 from engine.tokens import TokenizedSentences
 
-SAVED = "name command checksum step best best_step scores earlier_seconds log_size".split()
+SAVED = "name command settings checksums step best best_step scores earlier_seconds".split()
 CHECKED = {  # metrics that must be finite
     "contrastive": "the contrastive loss",
     "difference": "the discriminator's loss",
     "grad_norm": "the gradient",
 }
+
+
+def with_absolute_paths(cfg):
+    """The settings with local paths made absolute, so that a run can be resumed from any folder.
+
+    Names on the Hub, and files of this repository such as assets/small-bert, keep their names.
+    """
+    changes = {"data": os.path.abspath(os.path.expanduser(cfg.data)) if cfg.data else ""}
+    for name in LOCATIONS:
+        path = Path(os.path.expanduser(value := getattr(cfg, name)))
+        exists = path.is_dir() if name in ("model", "generator") else path.is_file()
+        if exists and path.resolve() != (ROOT / value).resolve():
+            changes[name] = os.path.abspath(path)
+    return replace(cfg, **changes)
 
 
 class Stop:
@@ -88,12 +107,13 @@ class Run:
         self.cfg, self.device, self.name = cfg, device, name
         self.precision = str(amp).removeprefix("torch.") if amp else "fp32"
         self.command = shlex.join(["python", *sys.orig_argv[1:]])
-        self.settings = json.dumps(asdict(replace(cfg, out_dir="", resume="")), indent=2) + "\n"
+        settings = asdict(replace(with_absolute_paths(cfg), out_dir="", resume=""))
+        self.settings = json.dumps(settings, indent=2) + "\n"
         self.folder: Path | None = None
         self.step, self.best, self.best_step = 0, -math.inf, 0
         self.scores: dict[str, dict[str, float]] = {}  # before training
         self.pending: list[Metrics] = []
-        self.earlier_seconds, self.log_size = 0.0, 0
+        self.earlier_seconds = 0.0
         self.started = self.saved = self.logged = time.monotonic()
         self.stack = contextlib.ExitStack()
         self.bar = tqdm(disable=True)
@@ -104,12 +124,16 @@ class Run:
     def __exit__(self, kind, error, traceback) -> None:
         self.stack.close()
         if isinstance(error, OSError) and self.folder:
-            raise UserError(
-                f"cannot write to {self.folder}: {error.strerror or error}. After fixing this, "
-                f"resume with: {program()} --resume {self.folder}"
-            ) from None
+            again = f"resume with: {self.resume_command()}" if self.folder.exists() else "try again"
+            reason = f"cannot write to {self.folder}: {error.strerror or error}"
+            raise UserError(f"{reason}. After fixing this, {again}") from None
 
-    def begin(self, model, optimizer, scaler, sentences: TokenizedSentences, total: int) -> None:
+    def resume_command(self) -> str:
+        return f"{program()} --resume {shlex.quote(str(self.folder))}"
+
+    def begin(
+        self, model, optimizer, scaler, sentences: TokenizedSentences, score, total: int
+    ) -> None:
         """Create the folder, or continue from its state. Raises: UserError."""
         cfg, main = self.cfg, distributed.is_main()
         self.model, self.optimizer, self.scaler, self.total = model, optimizer, scaler, total
@@ -118,24 +142,20 @@ class Run:
             raise UserError(f"{cfg.train_file} has {count} sentences; at least 2 are needed")
         if min(count, cfg.batch_size) < (processes := distributed.world_size()):
             raise UserError(f"{processes} processes need as many sentences per step (--batch-size)")
-        if count < cfg.batch_size and main:
-            note = f"{count} sentences, fewer than --batch-size {cfg.batch_size}; a step uses all"
-            print(f"note: {cfg.train_file} has {note}", file=sys.stderr)
         if main:
             folder = locked(Path(cfg.resume)) if cfg.resume else new_folder(cfg.out_dir, self.name)
             folder = self.stack.enter_context(folder)
         self.folder = distributed.broadcast(folder)
         if (self.folder / "results.json").is_file():
-            raise UserError(f"{self.folder} is a finished run: it has a results.json")
+            finished = f"{self.folder} is a finished run: it has a results.json"
+            raise UserError(finished + near_runs(self.folder))
         self.stop = self.stack.enter_context(Stop())
-        self.checksum = sentences.checksum
         tensors, state = load_state(self.folder)
+        if cfg.resume:
+            self.settings = (self.folder / "config.json").read_text()
+        self.checksums = checksums(model, sentences, score)
+        self.check_unchanged(state)
         vars(self).update({name: state[name] for name in SAVED if name in state})
-        if self.checksum != sentences.checksum:
-            raise UserError(
-                f"{cfg.train_file} has changed since {self.folder} started, so the run cannot be "
-                "resumed exactly"
-            )
         if tensors:
             self.pending = load_state_dict(tensors, model, optimizer)
             if scaler.is_enabled() and state["scaler"]:
@@ -143,13 +163,21 @@ class Run:
         self.first_step = self.step
         if not main:
             return
-        restore_folder(self.folder / "best")
+        if count < cfg.batch_size:
+            note = f"{count} sentences, fewer than --batch-size {cfg.batch_size}; a step uses all"
+            print(f"note: {cfg.train_file} has {note}", file=sys.stderr)
+        if restored := restore_files(self.folder, tensors):
+            print(f"note: restored from {STATE}: {', '.join(restored)}", file=sys.stderr)
         if not cfg.resume:
             write_atomically(self.folder / "config.json", self.settings)
+        elif not self.step:
+            print(f"note: {self.folder} has no saved step: it starts again", file=sys.stderr)
         if not state:
             save_state(self.folder, {}, {"name": self.name, "command": self.command})
-        self.log_file = self.stack.enter_context(open(self.folder / "log.jsonl", "ab", buffering=0))
-        self.log_file.truncate(self.log_size)  # the steps after the last checkpoint are repeated
+        log = open(self.folder / "log.jsonl", "ab" if self.step else "wb", buffering=0)
+        self.log_file = self.stack.enter_context(log)
+        if not cfg.resume:
+            self.stack.callback(self.discard)
         print(
             f"{self.name}: {count:,} sentences, {total:,} steps of {cfg.batch_size}, "
             f"{self.device.type}{f' x {processes}' * (processes > 1)}, {self.precision}, seed "
@@ -158,6 +186,51 @@ class Run:
         sizes = {"total": total * cfg.batch_size, "initial": self.step * cfg.batch_size}
         self.bar = tqdm(**sizes, unit=" sentences", unit_scale=True, disable=None)
         self.stack.callback(self.bar.close)
+
+    def check_unchanged(self, state: dict) -> None:
+        """Raises: UserError if something that the run reads again is not what it was."""
+        for name, value in self.checksums.items():
+            if state.get("checksums", {}).get(name, value) != value:
+                raise UserError(
+                    f"{flag(name)} {getattr(self.cfg, name)} is not what {self.folder} started "
+                    "with, so the run cannot be resumed exactly"
+                )
+        if state.get("settings", self.settings) != self.settings:
+            config = self.folder / "config.json"
+            advice = "undo the edit, or use it for a new run: --config"
+            raise UserError(f"{config} has changed since the run started; {advice} {config}")
+
+    def is_in_place(self) -> bool:
+        """Whether the folder is the one in which begin() opened the log."""
+        try:
+            found = os.stat(self.folder / "log.jsonl")
+        except OSError:
+            return False
+        return os.path.samestat(found, os.fstat(self.log_file.fileno()))
+
+    def check_folder(self) -> None:
+        """Before a write. Raises: UserError if the folder was renamed or deleted during the run."""
+        if self.is_in_place():
+            if self.best_step and not (self.folder / "best").is_dir():
+                best = f"{self.folder / 'best'} was deleted during the run"
+                raise UserError(f"{best}; to restore it: {self.resume_command()}")
+            return
+        if os.fstat(number := self.log_file.fileno()).st_nlink == 0:
+            raise UserError(
+                f"{self.folder} was deleted during the run, or moved to another disk. A folder "
+                f"that has config.json and {STATE} can be resumed: {program()} --resume FOLDER"
+            )
+        renamed = Path(os.path.realpath(f"/proc/self/fd/{number}")).parent  # Linux alone has it
+        name = shlex.quote(str(renamed)) if renamed.is_dir() else "ITS_NEW_NAME"
+        raise UserError(
+            f"{self.folder} was renamed during the run; resume with: {program()} --resume {name}"
+        )
+
+    def discard(self) -> None:
+        """Delete a run that was refused before its first step: it would refuse the next one."""
+        if self.step == 0 and self.is_in_place():
+            self.log_file.close()
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def seconds(self) -> float:
         return round(self.earlier_seconds + time.monotonic() - self.started, 1)
@@ -198,9 +271,8 @@ class Run:
         """Append a line to log.jsonl."""
         if not distributed.is_main():
             return
+        self.check_folder()
         line = (json.dumps({"seconds": self.seconds(), **row}) + "\n").encode()
-        if not os.fstat(self.log_file.fileno()).st_nlink:
-            raise UserError(f"{self.folder} was deleted during the run")
         if self.log_file.write(line) < len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -268,11 +340,11 @@ class Run:
         """The state from which the run resumes exactly."""
         if distributed.is_main():
             self.check_finite()
-            os.fsync(self.log_file.fileno())
-            self.log_size = os.fstat(self.log_file.fileno()).st_size
+            self.check_folder()
             state = {name: getattr(self, name) for name in SAVED}
             state |= {"earlier_seconds": self.seconds(), "scaler": self.scaler.state_dict()}
-            save_state(self.folder, state_dict(self.model, self.optimizer, self.pending), state)
+            tensors = state_dict(self.model, self.optimizer, self.pending)
+            save_state(self.folder, tensors | file_tensors(self.folder), state)
         self.saved = time.monotonic()
 
     def stop_requested(self) -> bool:
@@ -285,8 +357,8 @@ class Run:
         distributed.all_reduce_max(0)
         if distributed.is_main():
             self.bar.close()
-            resume = f"{program()} --resume {shlex.quote(str(self.folder))}"
-            print(f"stopped after step {self.step}; resume with: {resume}", file=sys.stderr)
+            resume = f"resume with: {self.resume_command()}"
+            print(f"stopped after step {self.step}; {resume}", file=sys.stderr)
         sys.exit(128 + self.stop.signal)
 
     def finish(self, after: dict[str, float], table: Callable) -> dict:
@@ -295,6 +367,7 @@ class Run:
         after: the best model's scores; table: from named scores to text.
         """
         self.bar.close()
+        self.check_folder()
         before, first_last = self.scores["before"], self.scores["first_last"]
         rows = {"before, first-last average": first_last, "before": before, "after": after}
         write_atomically(self.folder / "best" / "README.md", self.card(rows))

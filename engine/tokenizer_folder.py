@@ -12,7 +12,7 @@ from tokenizers import AddedToken, BertWordPieceTokenizer, ByteLevelBPETokenizer
 from tokenizers.models import BPE, WordPiece
 from tokenizers.processors import RobertaProcessing
 
-from bert import ModelError, read_json
+from bert import ModelError, cannot_read, read_json
 from engine.errors import UserError
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -21,6 +21,7 @@ ROBERTA_TOKENS = dict(zip(ROLES, ("<s>", "</s>", "<unk>", "</s>", "<pad>", "<s>"
 CLASSES = dict.fromkeys(("BertTokenizer", "DistilBertTokenizer"), BERT_TOKENS)
 CLASSES |= {"RobertaTokenizer": ROBERTA_TOKENS}  # the others take all of tokenizer.json
 CLASSES |= dict.fromkeys(("PreTrainedTokenizer", "TokenizersBackend", "XLMRobertaTokenizer"), {})
+BPE_FILES = ["vocab.json", "merges.txt"]
 EXTRA = ("extra_special_tokens", "additional_special_tokens")
 
 
@@ -37,8 +38,12 @@ def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int | None]]:
         for key in ("truncation_side", "split_special_tokens", "auto_map"):
             if settings.get(key) not in (None, False, "right"):
                 raise UserError(f"{folder}: the tokenizer's {key} {settings[key]!r} is unsupported")
+        if isinstance(config.get("extra_special_tokens"), dict):
+            raise UserError(f"{folder}: extra_special_tokens with names are unsupported")
+        pad = (backend.padding or {}).get("pad_token")
+        backend.no_padding()
         added, special, extra = read_tokens(folder, name, config, backend)
-        special = dict.fromkeys(ROLES) | CLASSES[name] | special
+        special = dict.fromkeys(ROLES) | {"pad_token": pad} | CLASSES[name] | special
         special = {role: token for role, token in special.items() if token not in (None, True)}
         if CLASSES[name]:
             backend = rebuild(backend, config, special)
@@ -48,15 +53,16 @@ def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int | None]]:
         ids = {role: backend.token_to_id(text) for role, text in texts.items()}
         if missing := [texts[role] for role in ROLES[2:-1] if ids[role] is None]:
             raise UserError(f"{folder}: the vocabulary has no {missing[0]}")
-        a = backend.encode("a").ids
-        if [a[:1], a[-1:]] != [[ids["cls_token"]], [ids["sep_token"]]]:
+        a, ends = backend.encode("a").ids, [ids["cls_token"], ids["sep_token"]]
+        if backend.num_special_tokens_to_add(False) != 2 or [a[0], a[-1]] != ends:
             advice = '"tokenizer_class": "BertTokenizer" in tokenizer_config.json adds them'
             raise UserError(f"{folder}: its tokenizer.json adds no [CLS] and [SEP]; {advice}")
         return backend, ids
     except (UserError, ModelError):
         raise
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise UserError(f"{folder}: the tokenizer cannot be read ({error!s:.200})") from None
+        files = (folder / file for file in ("tokenizer.json", "vocab.txt", "vocab.json"))
+        raise cannot_read(next(filter(Path.is_file, files), folder), error) from None
 
 
 def read_settings(path: Path) -> dict:
@@ -75,9 +81,7 @@ def find_class(folder: Path, config: dict) -> str:
 
 def read_backend(folder: Path, name: str) -> Tokenizer:
     """tokenizer.json's tokenizer, or one of the vocabulary's files and nothing else."""
-    kind, parts = BPE, ["vocab.json", "merges.txt"]
-    if CLASSES[name] is BERT_TOKENS:
-        kind, parts = WordPiece, ["vocab.txt"]
+    kind, parts = (WordPiece, ["vocab.txt"]) if CLASSES[name] is BERT_TOKENS else (BPE, BPE_FILES)
     if (folder / "tokenizer.json").is_file():
         backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
         if not CLASSES[name] or isinstance(backend.model, kind):
@@ -100,7 +104,6 @@ def read_tokens(folder: Path, name: str, config: dict, file: Tokenizer) -> tuple
     saved = read_settings(folder / "special_tokens_map.json") if numbered is None else {}
     special = {k: token(v) for k, v in (config | saved).items() if k.endswith("_token")}
     lists = [settings.get(key) or [] for settings in (config, saved) for key in EXTRA]
-    lists = [list(values.values()) if isinstance(values, dict) else values for values in lists]
     extra = [token(value) for values in lists for value in values]
     added = {int(i): token(value) for i, value in (numbered or {}).items()}
     if numbered is None:
@@ -136,10 +139,7 @@ def add_tokens(backend: Tokenizer, folder: Path, added: dict, special: dict, ext
     """New tokens get the ids after the vocabulary's: added ones by id, special ones by role."""
     words, mask = backend.get_vocab(with_added_tokens=False), special.get("mask_token")
     tokens = [added[i] for i in sorted(added)]
-    texts, roles = list(map(str, tokens)), list(map(str, special.values()))
-    for token in tokens:
-        token.special = token.special or str(token) in roles
-    new = [*special.values(), *extra]
+    texts, new = [str(token) for token in tokens], [*special.values(), *extra]
     new = [t for i, t in enumerate(new) if str(t) not in texts and t not in new[:i]]
     is_dense = max(words.values()) < len(words)  # no unused ids, which new tokens would overlap
     if is_dense and new and new[-1] == mask and str(mask) not in words:

@@ -33,13 +33,16 @@ Tensors = dict[str, Tensor]
 
 
 def tokens_path(path: Path, tokenizer: Tokenizer, max_length: int, reader: Reader) -> Path:
-    """The cache of a file's tokens. Its name changes with the file, the tokenizer and the reader's
-    source."""
+    """The cache of a file's tokens. Its name changes with the file's content and kind, the
+    tokenizer and the reader's source."""
+    content = hashlib.sha256()  # a second for 1.5 GB
     try:
-        stat = path.stat()
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                content.update(chunk)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    key = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, max_length, reader.__name__]
+    key = [content.hexdigest(), path.suffixes, max_length, reader.__name__]
     key += [tokenizers.__version__, tokenizer.backend.to_str()]
     key += [inspect.getsource(sys.modules[name]) for name in ("data", reader.__module__)]
     return cache_folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.tokens"

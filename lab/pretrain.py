@@ -37,7 +37,8 @@ from diffcse import derive_seed
 from engine import checkpoint
 from engine.cli import Parser, positive_int
 from engine.device import pick_device
-from engine.errors import UserError, atomic_folder, restore_folder, run_main, write_atomically
+from engine.errors import UserError, atomic_folder, expand_home, restore_folder, run_main
+from engine.errors import write_atomically
 from engine.hub import find_model
 from engine.run import Stop
 from engine.tokens import TokenizedSentences
@@ -470,9 +471,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if args.score:
-        score_models(args)
-        return
-    out = Path(args.out).expanduser()
+        return score_models(args)
+    out = expand_home(args.out)
     with checkpoint.locked(out) if args.resume else checkpoint.new_folder(str(out), ""):
         train(args, out)
 

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -147,6 +148,17 @@ SAVED = {
     "negative.json": {"lam": -1},
     "run/config.json": {"lr": 0.01, "lam": 0.05, "train_file": "mine.txt"},
     "ablation/config.json": {"objective": "masked"},
+    "moved/config.json": {"train_file": "/no/such/text.txt"},
+    "lost/best/run_config.json": {},
+    "pretrained/state.safetensors": {},
+    # Unfinished, finished, the demo's second run
+    "runs/a-1/config.json": {},
+    "runs/a-1/state.safetensors": {},
+    "runs/a-1/best/config.json": {"model_type": "bert"},
+    "runs/demo-1/config.json": {},
+    "runs/demo-1/results.json": {},
+    "runs/demo-1-simcse/config.json": {},
+    "runs/demo-1-simcse/state.safetensors": {},
 }
 MISTAKES = [
     ("", "--config is missing; try --config demo"),
@@ -156,7 +168,16 @@ MISTAKES = [
     ("--config demo --step 3", "did you mean --steps?"),  # no abbreviations
     ("--config demo --lam 0 --contrastive off", "--contrastive is False; it must be on"),
     ("--config negative.json", "negative.json: --lam is -1.0; it must be 0 or larger"),
-    ("--resume .", "--resume .: no run there"),
+    ("--resume lab", "--resume lab: no run there (it has no config.json); did you mean runs/"),
+    ("--resume runs", "no config.json); did you mean runs/a-1 or runs/demo-1-simcse?\n"),
+    ("--resume a-1", "--resume a-1: no run there (it has no config.json); did you mean runs/a-1 "),
+    ("--resume runs/a-1/best", "runs/a-1/best: a model, not a run; did you mean runs/a-1 or "),
+    ("--resume runs/a-1/config.json", "config.json); did you mean runs/a-1 or "),
+    ("--resume runs/demo1-simcse", "did you mean runs/demo-1-simcse or "),
+    ("--resume lost", "missing; to restore it: cp lost/best/run_config.json lost/config.json"),
+    ("--resume pretrained", "python -m lab.pretrain ... --out pretrained --resume"),
+    ("--resume moved", "/no/such/text.txt does not exist; if it was moved, add --train-file and"),
+    ("--resume ~/runs/nothing", "HOME/runs/nothing: no run there"),
     ("--resume ablation", "unknown field 'objective'; a run of another program is resumed by it"),
     (
         "--resume run --lr 0.1 --lam 0",
@@ -171,9 +192,18 @@ MISTAKES = [
 def saved(tmp_path, monkeypatch):
     """The files of SAVED, in the working directory."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/HOME")
     for name, content in SAVED.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(json.dumps(content))
+
+
+def test_a_run_is_named_that_may_have_been_meant(saved, tmp_path, monkeypatch):
+    assert cli.near_runs(Path("runs/demo-1")) == "; did you mean runs/demo-1-simcse or runs/a-1?"
+    monkeypatch.chdir(tmp_path / "lost")
+    assert cli.near_runs(Path("runs/a-1")) == ""
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    assert cli.near_runs(Path("runs/a-1")) == f"; did you mean {tmp_path}/runs/a-1?"
 
 
 @pytest.mark.parametrize("words, message", MISTAKES)
@@ -191,6 +221,9 @@ def test_a_resumed_run_keeps_its_settings_but_may_be_looked_at_differently(saved
     assert parsed == ("run", replace(expected, compile=True, **changes))
     same = ["--resume", "run", "--lr", "0.01", "--config", "run/config.json"]
     assert parse(*same) == expected
+    moved = ["--model", "m", "--generator", "g", "--train-file", "t", "--score", "s.tsv"]
+    files = dict(model="m", generator="g", train_file="t", score="s.tsv")  # their content counts
+    assert parse("--resume", "run", *moved) == replace(expected, **files)
     assert parse("--config", "demo", "--resume", "") == PRESETS["demo"]
 
 

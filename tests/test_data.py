@@ -7,7 +7,6 @@ import errno
 import gzip
 import inspect
 import itertools
-import json
 import lzma
 import os
 import random
@@ -19,13 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 from conftest import NASTY, ROOT, SPECIAL_WORDS, one_line
-from transformers import AutoTokenizer, BertTokenizerFast, RobertaTokenizerFast
 
 import data
-from bert import ModelError, read_safetensors, write_safetensors
+from bert import read_safetensors, write_safetensors
 from data import Batch, Tokenizer, mask_tokens, read_lines, read_sentences
 from engine import distributed, tokens
 from engine.errors import UserError

@@ -19,7 +19,7 @@ import engine.index
 from data import Tokenizer
 from engine.errors import UserError
 from engine.index import Index
-from engine.model_folder import DTYPES, load_model, save_model
+from engine.model_folder import DTYPES, load_model, model_card, save_model
 
 SMALL = ROOT / "assets" / "small-bert"
 TOKENIZER = Tokenizer(SMALL)
@@ -49,7 +49,7 @@ def tool() -> embed.DiffCSE:
 @pytest.fixture(scope="module")
 def reference(small):
     """transformers' hidden states and pooler output of each NASTY sentence, without padding."""
-    theirs = BertModel.from_pretrained(SMALL, dtype=torch.float32, attn_implementation="eager")
+    theirs = BertModel.from_pretrained(SMALL, attn_implementation="eager").float()
     theirs.eval().pooler.dense.load_state_dict(small.pooler.state_dict())
     encode = AutoTokenizer.from_pretrained(SMALL)
     outputs = []
@@ -297,3 +297,22 @@ def test_the_command_line_encodes_searches_and_compares(tool, command, tmp_path,
     ):
         [message] = run(*words, stdin="a\nb \udcff\n", code=2)
         assert says in message
+
+
+def test_the_card_of_an_exported_run_names_the_pooling_that_was_exported(tmp_path, command):
+    """It has the run's scores only if they are of this pooling."""
+    model, run = load_model(SMALL), tmp_path / "run"
+    card = model_card("a run", model, "Trained. | score | 77.70 |")
+    save_model(model, run, card, run_config='{"pooling": "cls_before_pooler"}')
+    pooling, source = "cls_before_pooler", run
+    for i, words in enumerate(([], ["--pooler", "mean"], [], ["--pooler", "cls_before_pooler"])):
+        pooling = words[1] if words else pooling
+        out = tmp_path / str(i)
+        assert command(embed.main, "export", source, out, *words).code == 0
+        text, source = (out / "README.md").read_text(), out
+        assert f"Pooling: `{pooling}`." in text and f'pooler="{pooling}"' in text
+        assert text.count("Pooling: ") == text.count("pooler=") == 1 and f"{out.name}" in text
+        assert ("77.70" in text) == (i == 0) and ("scores of its training" in text) == (i > 0)
+    (run / "README.md").unlink()
+    assert command(embed.main, "export", run, tmp_path / "new").code == 0
+    assert "Pooling: `cls_before_pooler`." in (tmp_path / "new" / "README.md").read_text()

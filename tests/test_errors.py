@@ -1,6 +1,7 @@
 """engine/errors.py: one line for a mistake; files and folders that are whole or unchanged."""
 
 import errno
+import io
 import os
 import shutil
 import signal
@@ -10,11 +11,20 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 from bert import ModelError
-from engine.errors import UserError, atomic_file, atomic_folder, restore_folder, write_atomically
+from engine.errors import (
+    UserError,
+    atomic_file,
+    atomic_folder,
+    restore_folder,
+    run_main,
+    write_atomically,
+)
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -34,11 +44,34 @@ def test_run_main_turns_mistakes_into_one_line_and_hides_no_bug(command, monkeyp
         (KeyboardInterrupt(), 130, "\nstopped\n"),
     ):
         assert command(partial(fail, error)) == (code, "", message)
-    with pytest.raises(ValueError, match="a bug"):
-        command(partial(fail, ValueError("a bug")))
+    for bug in (ValueError("a bug"), RuntimeError("a bug")):
+        with pytest.raises(type(bug), match="a bug"):
+            command(partial(fail, bug))
     monkeypatch.setenv("WORLD_SIZE", "2")  # other processes may wait, and threads for them
     monkeypatch.setattr(os, "_exit", lambda code: fail(SystemExit(f"at once {code}")))
     assert command(partial(fail, UserError("it"))) == ("at once 2", "", "error: it\n")
+
+
+@pytest.mark.parametrize(
+    "allocate, size",
+    [
+        (lambda: torch.empty(1 << 50), " (allocating 4503599627370496 bytes)"),
+        (lambda: np.empty(1 << 58), " (allocating 2.00 EiB)"),
+        (lambda: fail(MemoryError()), ""),
+        (
+            lambda: fail(
+                torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.\n")
+            ),
+            " (allocating 2.50 GiB)",
+        ),
+        (lambda: fail(RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)")), ""),
+        (lambda: fail(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")), ""),
+    ],
+)
+def test_a_lack_of_memory_is_one_line_that_names_flags(command, allocate, size):
+    code, out, err = command(allocate)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: out of memory{size}: a smaller --batch-size or --max-length ")
 
 
 def test_a_reader_that_stops_is_no_error():
@@ -48,6 +81,17 @@ def test_a_reader_that_stops_is_no_error():
     assert process.stdout.readline() == "0\n"
     process.stdout.close()
     assert process.wait(60) == 0 and process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("encoding, shown", [("ascii", "\\xe9 \\u6f22"), ("utf-8", "é 漢")])
+def test_output_that_the_terminal_cannot_show_is_escaped(monkeypatch, encoding, shown):
+    """A lone surrogate too: a byte of a file's name."""
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding, newline="")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    run_main(lambda: print("a é 漢 \udcff", flush=True))
+    assert stdout.buffer.getvalue().decode(encoding) == f"a {shown} \\udcff\n"
+    monkeypatch.setattr(sys, "stdout", None)  # closed
+    run_main(lambda: print("a"))
 
 
 # ------------------------------------------------------------------------------------------------

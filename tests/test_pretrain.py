@@ -251,7 +251,7 @@ def test_word_weights_fall_with_frequency():
 
 @pytest.fixture(scope="module")
 def theirs():
-    return transformers.BertForMaskedLM.from_pretrained(SMALL, dtype=torch.float32).eval()
+    return transformers.BertForMaskedLM.from_pretrained(SMALL).float().eval()
 
 
 def test_losses_equal_transformers_and_a_loop(theirs):
@@ -368,7 +368,7 @@ def test_a_run_is_read_by_transformers(tmp_path, run):
     for sentence in ["The king saw a Río.", "", "unknown ☃ words, 3.14", "[MASK] of the castle"]:
         assert tokenizer([sentence], 64)[0] == fast(sentence)["input_ids"]
     x = torch.tensor(tokenizer(["the king saw a castle"], 20))
-    theirs = transformers.BertForMaskedLM.from_pretrained(best, dtype=torch.float32).eval()
+    theirs = transformers.BertForMaskedLM.from_pretrained(best).float().eval()
     with torch.no_grad():
         np.testing.assert_allclose(load_bert(best, mlm=True)(x), theirs(x).logits, atol=1e-5)
     saved = read_safetensors(best / "model.safetensors")

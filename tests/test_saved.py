@@ -123,6 +123,9 @@ def test_export_keeps_a_folders_pooling_and_overwrites_nothing(tmp_path, command
     assert (exported / "run_config.json").read_text() == "{}"
     card = (exported / "README.md").read_text()
     assert "Pooling: `max`." in card and "weights in fp16" in card
+    ours = tmp_path / "ours"  # a pooling that sentence-transformers does not have
+    assert command(embed.main, "export", minilm, ours, "--pooler", "avg_top2").code == 0
+    assert load_model(ours)[2:] == ("avg_top2", 256) and not (ours / "modules.json").exists()
     for words, message in (
         ((minilm, out), "out exists and is not an empty folder; name another"),
         ((SMALL, tmp_path / "new", "--pooler", "cls"), "needs a model with a pooler"),
