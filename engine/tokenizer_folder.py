@@ -8,9 +8,8 @@ Reference: transformers 5, tokenization_utils_base.py (_from_pretrained), models
 
 from pathlib import Path
 
-from tokenizers import AddedToken, BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE, WordPiece
-from tokenizers.processors import RobertaProcessing
 
 from bert import ModelError, cannot_read, read_json
 from engine.errors import UserError
@@ -18,9 +17,9 @@ from engine.errors import UserError
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 BERT_TOKENS = dict(zip(ROLES[2:], ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")))
 ROBERTA_TOKENS = dict(zip(ROLES, ("<s>", "</s>", "<unk>", "</s>", "<pad>", "<s>", "<mask>")))
-CLASSES = dict.fromkeys(("BertTokenizer", "DistilBertTokenizer"), BERT_TOKENS)
-CLASSES |= {"RobertaTokenizer": ROBERTA_TOKENS}  # the others take all of tokenizer.json
-CLASSES |= dict.fromkeys(("PreTrainedTokenizer", "TokenizersBackend", "XLMRobertaTokenizer"), {})
+CLASSES = {"BertTokenizer": BERT_TOKENS, "DistilBertTokenizer": BERT_TOKENS}
+CLASSES |= {"RobertaTokenizer": ROBERTA_TOKENS}  # these build all but the vocabulary themselves
+CLASSES |= {"PreTrainedTokenizer": {}, "TokenizersBackend": {}, "XLMRobertaTokenizer": {}}
 BPE_FILES = ["vocab.json", "merges.txt"]
 EXTRA = ("extra_special_tokens", "additional_special_tokens")
 
@@ -35,27 +34,27 @@ def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int | None]]:
         name = find_class(folder, config)
         backend = read_backend(folder, name)
         settings = {"truncation_side": (backend.truncation or {}).get("direction")} | config
-        for key in ("truncation_side", "split_special_tokens", "auto_map"):
-            if settings.get(key) not in (None, False, "right"):
-                raise UserError(f"{folder}: the tokenizer's {key} {settings[key]!r} is unsupported")
-        if isinstance(config.get("extra_special_tokens"), dict):
-            raise UserError(f"{folder}: extra_special_tokens with names are unsupported")
+        for key in ("truncation_side", "split_special_tokens", "auto_map", EXTRA[0]):
+            value = settings.get(key) or "right"
+            if value != "right" and not isinstance(value, list):
+                raise UserError(f"{folder}: the tokenizer's {key} {value!r:.60} is unsupported")
         pad = (backend.padding or {}).get("pad_token")
         backend.no_padding()
         added, special, extra = read_tokens(folder, name, config, backend)
         special = dict.fromkeys(ROLES) | {"pad_token": pad} | CLASSES[name] | special
         special = {role: token for role, token in special.items() if token not in (None, True)}
-        if CLASSES[name]:
-            backend = rebuild(backend, config, special)
-        add_tokens(backend, folder, added, special, extra)
         family = BERT_TOKENS if backend.token_to_id("[CLS]") is not None else ROBERTA_TOKENS
         texts = family | {role: str(token) for role, token in special.items()}
         ids = {role: backend.token_to_id(text) for role, text in texts.items()}
         if missing := [texts[role] for role in ROLES[2:-1] if ids[role] is None]:
-            raise UserError(f"{folder}: the vocabulary has no {missing[0]}")
+            raise ValueError(f"the vocabulary has no {missing[0]}")
+        if CLASSES[name]:
+            backend = rebuild(backend, config, texts, ids)
+        add_tokens(backend, folder, added, special, extra)
+        ids["mask_token"] = backend.token_to_id(texts["mask_token"])  # maybe an added one
         a, ends = backend.encode("a").ids, [ids["cls_token"], ids["sep_token"]]
         if backend.num_special_tokens_to_add(False) != 2 or [a[0], a[-1]] != ends:
-            advice = '"tokenizer_class": "BertTokenizer" in tokenizer_config.json adds them'
+            advice = 'tokenizer_class "BertTokenizer" or "RobertaTokenizer" in its config adds them'
             raise UserError(f"{folder}: its tokenizer.json adds no [CLS] and [SEP]; {advice}")
         return backend, ids
     except (UserError, ModelError):
@@ -114,32 +113,33 @@ def read_tokens(folder: Path, name: str, config: dict, file: Tokenizer) -> tuple
     return added if CLASSES[name] else in_file | added, special, extra
 
 
-def rebuild(backend: Tokenizer, config: dict, special: dict) -> Tokenizer:
-    """A BertTokenizer or a RobertaTokenizer with the vocabulary of `backend`."""
-    roles, flag = {role: str(special.get(role)) for role in BERT_TOKENS}, config.get
-    if isinstance(backend.model, WordPiece):
-        return BertWordPieceTokenizer(
-            backend.get_vocab(with_added_tokens=False),
-            lowercase=flag("do_lower_case", True),
-            strip_accents=flag("strip_accents"),  # None: if lowercase
-            handle_chinese_chars=flag("tokenize_chinese_chars", True),
-            **roles,
-        )._tokenizer
-    model = backend.model
-    model.dropout = model.unk_token = None
-    model.fuse_unk = model.byte_fallback = model.ignore_merges = False
-    backend = ByteLevelBPETokenizer(add_prefix_space=flag("add_prefix_space", False))._tokenizer
-    backend.model = model
-    ends = [(roles[role], model.token_to_id(roles[role])) for role in ("sep_token", "cls_token")]
-    backend.post_processor = RobertaProcessing(*ends)
+def rebuild(backend: Tokenizer, config: dict, texts: dict, ids: dict) -> Tokenizer:
+    """A BertTokenizer or a RobertaTokenizer with the vocabulary of `backend`, and nothing else."""
+    model, backend, flag = backend.model, Tokenizer(backend.model), config.get
+    ends = [(texts[role], ids[role]) for role in ("sep_token", "cls_token")]
+    if isinstance(model, WordPiece):
+        model.unk_token, model.continuing_subword_prefix = texts["unk_token"], "##"
+        model.max_input_chars_per_word = 100
+        chinese, lowercase = flag("tokenize_chinese_chars", True), flag("do_lower_case", True)
+        accents = flag("strip_accents")  # None: if lowercase
+        backend.normalizer = normalizers.BertNormalizer(True, chinese, accents, lowercase)
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        backend.post_processor = processors.BertProcessing(*ends)
+        backend.decoder = decoders.WordPiece()
+    else:
+        model.dropout = model.unk_token = None
+        model.fuse_unk = model.byte_fallback = model.ignore_merges = False
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(flag("add_prefix_space", False))
+        backend.post_processor = processors.RobertaProcessing(*ends)
+        backend.decoder = decoders.ByteLevel()
     return backend
 
 
 def add_tokens(backend: Tokenizer, folder: Path, added: dict, special: dict, extra: list) -> None:
     """New tokens get the ids after the vocabulary's: added ones by id, special ones by role."""
     words, mask = backend.get_vocab(with_added_tokens=False), special.get("mask_token")
-    tokens = [added[i] for i in sorted(added)]
-    texts, new = [str(token) for token in tokens], [*special.values(), *extra]
+    tokens, new = [added[i] for i in sorted(added)], [*special.values(), *extra]
+    texts = [str(token) for token in tokens]
     new = [t for i, t in enumerate(new) if str(t) not in texts and t not in new[:i]]
     is_dense = max(words.values()) < len(words)  # no unused ids, which new tokens would overlap
     if is_dense and new and new[-1] == mask and str(mask) not in words:
