@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from conftest import NASTY, ROOT, SPECIAL_WORDS, WORDS, make_model, one_line
+from conftest import NASTY, ROOT, SPECIAL_WORDS, WORDS, make_model, need_transformers_5, one_line
 from sentence_transformers import SentenceTransformer
 from tokenizers import normalizers, pre_tokenizers, processors
 from transformers import AutoModel, AutoTokenizer, XLMRobertaTokenizer
@@ -211,6 +211,7 @@ def compare(folders: int, root: Path) -> dict[str, int]:
 
 
 def test_random_folders_equal_transformers_or_are_refused(tmp_path):
+    need_transformers_5()
     assert len(set(BERT_WORDS)) == len(BERT_WORDS)
     counts = compare(400, tmp_path)
     assert counts.pop("equal") > 290 and len(counts) >= 6, counts
@@ -290,6 +291,7 @@ def test_a_class_with_code_of_its_own_is_refused_by_name(small, name, file):
 
 def test_a_sentencepiece_tokenizer_json_is_taken_as_it_is(tmp_path):
     """As of multilingual MiniLM and E5: model_type bert, tokenizer_class XLMRobertaTokenizer."""
+    need_transformers_5()
     pieces = ["<s>", "<pad>", "</s>", "<unk>", "▁", "▁the", "▁cat", "s", "a", "漢", "<mask>"]
     theirs = XLMRobertaTokenizer([(piece, -float(i)) for i, piece in enumerate(pieces)])
     theirs.save_pretrained(tmp_path)
@@ -300,6 +302,7 @@ def test_a_sentencepiece_tokenizer_json_is_taken_as_it_is(tmp_path):
 
 
 def test_settings_of_a_bpe_model_that_transformers_drops(tmp_path):
+    need_transformers_5()
     vocabulary = {word: i for i, word in enumerate([*ROBERTA_SPECIAL, *"abcd", "ab", "bc", "abc"])}
     flags = {"dropout": 0.9, "unk_token": "<unk>", "fuse_unk": True, "ignore_merges": True}
     bpe = tokenizers.models.BPE(vocabulary, [("a", "b")], byte_fallback=True, **flags)
@@ -312,6 +315,7 @@ def test_settings_of_a_bpe_model_that_transformers_drops(tmp_path):
 
 def test_a_special_token_that_only_the_older_files_name(small):
     """In any case, if the text is lower-cased: transformers 5 does not call it special."""
+    need_transformers_5()
     (small / "tokenizer.json").unlink()
     write_json(small / "added_tokens.json", {"[User]": 8192})
     write_json(small / "special_tokens_map.json", {"additional_special_tokens": ["[User]"]})
@@ -323,6 +327,7 @@ def test_a_special_token_that_only_the_older_files_name(small):
 
 def test_a_complete_tokenizer_that_names_no_special_token(tmp_path, small):
     """A saved one can pad in transformers. Its own tokens stay though the config lists others."""
+    need_transformers_5()
     change_json(small / "tokenizer.json", added_tokens=[])
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 9}
     write_json(small / "tokenizer_config.json", config)
@@ -457,6 +462,7 @@ def random_model(folder: Path, rng: random.Random) -> list[str] | None:
 
 
 def test_models_saved_from_random_folders_are_the_same_in_three_libraries(tmp_path, command):
+    need_transformers_5()
     folders = {tmp_path / str(seed): random.Random(seed) for seed in range(24)}
     texts = {folder: random_model(folder, rng) for folder, rng in folders.items()}
     assert len(texts := {folder: rows for folder, rows in texts.items() if rows}) >= 10
