@@ -220,9 +220,9 @@ class BertForMaskedLM(nn.Module):
     def predict_tokens(
         self, ids: Tensor, mask: Tensor, positions: Tensor, temperature: float | None = None
     ) -> Tensor:
-        """The likeliest or, with a temperature, sampled ids at `positions`. Shapes: all (R, T)."""
+        """The likeliest ids, or sampled ones, at positions (bool); others stay. Shapes: (R, T)."""
         tokens = [ids.new_zeros(0)]  # there may be no positions
-        for states in self.bert(ids, mask)[positions].split(256):  # (n, D), as logits are large
+        for states in self.bert(ids, mask)[positions].split(256):  # (n, D): all logits are large
             logits = self.head(states, self.bert.embeddings.word.weight)  # (n, W)
             if temperature is None:
                 tokens.append(logits.argmax(-1))
@@ -244,14 +244,15 @@ MAX_HEADER_SIZE = 100_000_000  # bytes; the reference library's limit
 
 
 def cannot_read(path: str | Path, reason: object) -> ModelError:
-    """The error to raise, in one line: for this reason, or for one that the file itself shows."""
+    """The error for a file that cannot be read. A file of git-lfs is recognised."""
     try:
         with open(path, "rb") as file:
             if file.read(99).startswith(b"version https://git-lfs.github.com/spec/v1"):
                 return ModelError(f"{path} is a git-lfs pointer, not the file; run: git lfs pull")
     except OSError as error:
         reason = error.strerror
-    return ModelError(f"{path} cannot be read: {str(reason)[:200]}; copy or download it again")
+    line = str(reason).split("\n")[0][:200]
+    return ModelError(f"{path} cannot be read: {line}; copy or download it again")
 
 
 def unique_names(pairs: list) -> dict:
@@ -293,9 +294,9 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         if position != data_size:
             raise ValueError(f"{data_size - position} bytes belong to no tensor")
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        raise cannot_read(path, str(error).split("\n")[0]) from None
-    shared = metadata or {}  # of safetensors' save_model: {another name of a tensor: its name}
-    return {other: tensors[name] for other, name in shared.items() if name in tensors} | tensors
+        raise cannot_read(path, error) from None
+    aliases = metadata or {}  # safetensors' save_model stores a shared tensor under one name
+    return {alias: tensors[name] for alias, name in aliases.items() if name in tensors} | tensors
 
 
 def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
@@ -316,8 +317,8 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# Model folders. NAMES: this file's name; then Hugging Face's for all families, or for BERT and
-# RoBERTa and for DistilBERT, or for each. A layer's names follow "layers.3.".
+# Model folders. NAMES: our name, then Hugging Face's: one for all families; or two, of BERT and
+# RoBERTa, and of DistilBERT; or three, one for each. A layer's names follow "layers.3.".
 
 NAMES = """
 embeddings.word        embeddings.word_embeddings
@@ -398,7 +399,7 @@ def read_bin(path: str | Path) -> dict[str, Tensor]:
         return {str(name): tensor.detach() for name, tensor in items}
     except Exception as error:  # torch raises many types
         if code := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ModelError(f"{path} needs {code[1]!r}: code in it is not run") from None
+            raise ModelError(f"{path} has code ({code[1]!r}), which is never run") from None
         raise cannot_read(path, "it is not whole, or not a dict of tensors") from None
 
 
@@ -410,10 +411,9 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
             return read(path)
         if index.is_file():
             shards = read_json(index).get("weight_map")
-            names = shards.values() if isinstance(shards, dict) else [None]
-            if any(Path(str(shard)).name != shard for shard in names):
+            if not isinstance(shards, dict) or any(Path(str(s)).name != s for s in shards.values()):
                 raise ModelError(f"{index} has no weight_map from tensors to files beside it")
-            parts = [read(Path(folder) / shard) for shard in sorted({*names})]
+            parts = [read(Path(folder) / shard) for shard in sorted({*shards.values()})]
             return {name: tensor for part in parts for name, tensor in part.items()}
     raise ModelError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
 

@@ -74,7 +74,7 @@ class Tokenizer:
         return self
 
     def save(self, folder: Path, max_length: int) -> None:
-        """tokenizer.json, and for transformers a tokenizer_config.json, which says: take all of it.
+        """tokenizer.json, and a tokenizer_config.json for transformers, whose class uses all of it.
 
         No other file is needed: added tokens and flags are in tokenizer.json.
         """
@@ -85,10 +85,11 @@ class Tokenizer:
             "model_max_length": max_length,
             "model_input_names": ["input_ids", "attention_mask"],
         }
-        named = {*self.backend.get_added_tokens_decoder(), self.pad_id}  # to name is to add
+        tokens = {i: token for token, i in self.vocabulary().items()}
+        named = {*self.backend.get_added_tokens_decoder(), self.pad_id}  # others would be added
         for role in ("cls", "sep", "pad", "mask", "unk"):
             if (i := getattr(self, f"{role}_id")) in named:
-                config[f"{role}_token"] = self.backend.id_to_token(i)
+                config[f"{role}_token"] = tokens[i]  # id_to_token may return it in lower case
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -111,7 +112,7 @@ def file_format(path: Path) -> tuple[str, str]:
     return Path(name.removesuffix(packed)).suffix, packed
 
 
-def advice(path: Path, line: bytes) -> str:
+def how_to_convert(path: Path, line: bytes) -> str:
     """The likely encoding of a line that is not UTF-8, and the command that converts its file."""
     suffix, packed = file_format(path)
     show = {".gz": "gunzip -c", ".xz": "unxz -c"}.get(packed, "cat") + " " + shlex.quote(str(path))
@@ -138,7 +139,7 @@ def read_lines(path: Path, encoding: str = "utf-8", keep_ends: bool = False) -> 
     except UnicodeDecodeError as error:
         raise UserError(
             f"{name} line {number}: not UTF-8 (byte 0x{error.object[error.start]:02x} at column "
-            f"{error.start + 1}); {advice(path, error.object)}"
+            f"{error.start + 1}); {how_to_convert(path, error.object)}"
         ) from None
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"cannot read {name}: {error.args[-1]}") from None
@@ -157,7 +158,7 @@ def read_table(path: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
     try:
         for row in rows:
             if not columns and len(row) == 1 and {"\t", ";"} & set(row[0]):
-                raise csv.Error("tab or ; in the header: .csv has commas between cells, .tsv tabs")
+                raise csv.Error("the header has a tab or ;, but .csv needs commas, and .tsv tabs")
             columns = columns or len(row)
             if columns > 3:
                 raise csv.Error(f"{columns} columns; expected 1, 2 (pair) or 3 (hard negative)")

@@ -140,7 +140,7 @@ def read_pairs(path: Path) -> Pairs:
     """Your own pairs: a .tsv or .csv with a header and two columns of sentences, one of ratings."""
     rows = [(f"{path} line {number}", cells) for number, cells in read_table(path)]
     if rows and NUMBER.fullmatch(rows[0][1][-1]):
-        raise UserError(f"{rows[0][0]}: a pair; add a header line: sentence1, sentence2, score")
+        raise UserError(f"{rows[0][0]} is a pair; put a header above: sentence1, sentence2, score")
     pairs = to_pairs(rows[1:])
     if len(pairs[2]) < 2:
         raise UserError(f"{path}: {len(pairs[2])} pairs; at least 2 are needed for a ranking")

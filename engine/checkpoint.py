@@ -103,13 +103,13 @@ def file_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def restore_files(folder: Path, tensors: dict[str, Tensor]) -> list[str]:
-    """The inverse of file_tensors. Returns the names of files that were missing or damaged."""
+    """The inverse of file_tensors. Returns the names of files that were missing or different."""
     restore_folder(folder / "best")
     restored = []
     for name in (n.removeprefix("file.") for n in tensors if n.startswith("file.")):
-        if not (path := folder / name).resolve().is_relative_to(folder.resolve()):
+        if ".." in Path(name).parts or Path(name).is_absolute():
             raise UserError(f"{folder / STATE} has the file {name!r}, which is outside the folder")
-        saved = tensors[f"file.{name}"].numpy().tobytes()
+        path, saved = folder / name, tensors[f"file.{name}"].numpy().tobytes()
         found = path.read_bytes() if path.is_file() else b""
         if found != saved:
             write_atomically(path, saved)
@@ -119,16 +119,17 @@ def restore_files(folder: Path, tensors: dict[str, Tensor]) -> list[str]:
 
 
 def checksums(model: nn.Module, sentences, score) -> dict[str, int]:
-    """Of everything that a resumed run reads again, by the flag that names it.
+    """A checksum of each input that a resumed run reads again, by the name of its setting.
 
-    The weights that are trained are in the state. sentences: TokenizedSentences. score: Score.
+    Trained weights are in the state. sentences: TokenizedSentences. score: Score.
     """
-    value, generator = 0, getattr(model, "generator", None)
+    generator = getattr(model, "generator", None)  # None if lam is 0
+    weights = 0
     for tensor in generator.state_dict().values() if generator else ():
-        value = zlib.crc32(tensor.cpu().contiguous().numpy(), value)
+        weights = zlib.crc32(tensor.cpu().contiguous().numpy(), weights)
     contents = {
         "model": [repr(model.encoder.cfg), sorted(model.tokenizer.vocabulary().items())],
-        "generator": [repr(getattr(generator, "cfg", None)), value],
+        "generator": [repr(getattr(generator, "cfg", None)), weights],
         "train_file": sentences.checksum,
         "score": [score.dev_set, score.test_sets],
     }

@@ -8,6 +8,7 @@ import difflib
 import inspect
 import os
 import re
+import shlex
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from engine.hub import ROOT
 # Settings that a resumed run may change, because the result does not depend on them
 MAY_CHANGE = ("resume", "data", "device", "compile", "log_every", "eval_every", "save_minutes")
 LOCATIONS = ("model", "generator", "train_file", "score")  # may change if the content is the same
-RUN_FILES = ["config.json", "state.safetensors", "results.json"]  # of an unfinished run: two
+UNFINISHED = {"config.json": True, "state.safetensors": True, "results.json": False}  # is a file?
 BOOLEANS = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
 EXPECTED = {bool: "on or off", str: "text", int: "an integer", float: "a number"}
 
@@ -161,13 +162,13 @@ def parse(
 
 def why_no_run(folder: Path) -> str:
     """What is wrong with a folder that cannot be resumed, and which may have been meant; or ""."""
-    config, copy = folder / "config.json", folder / "best" / "run_config.json"
-    if config.is_file():
+    copy, config = names = folder / "best" / "run_config.json", folder / "config.json"
+    if os.path.isfile(config):  # Path.is_file raises PermissionError in another user's folder
         is_model = "model_type" in read_json(config)
         return "a model, not a run" + near_runs(folder) if is_model else ""
-    if copy.is_file():
-        return f"its config.json is missing; to restore it: cp {copy} {config}"
-    if (folder / "state.safetensors").is_file():
+    if os.path.isfile(copy):
+        return f"its config.json is missing; to restore it: {shlex.join(['cp', *map(str, names)])}"
+    if os.path.isfile(folder / "state.safetensors"):
         pretrain = f"python -m lab.pretrain ... --out {folder} --resume"
         return f"it has no config.json; if it is a run of lab.pretrain: {pretrain}"
     return "no run there (it has no config.json)" + near_runs(folder)
@@ -176,11 +177,11 @@ def why_no_run(folder: Path) -> str:
 def near_runs(folder: Path) -> str:
     """The unfinished runs that may have been meant by a folder, as advice; "" without any."""
     candidates = [folder.parent, Path("runs") / folder, ROOT / folder]
-    for parent in (folder, folder.parent, Path("runs")):
-        candidates += sorted(parent.glob("*"))
+    for parent in filter(os.path.isdir, (folder, folder.parent, "runs")):
+        candidates += sorted(Path(parent).glob("*"))
     found = {}
     for path in candidates:
-        if [name for name in RUN_FILES if (path / name).is_file()] == RUN_FILES[:2]:
+        if all(os.path.isfile(path / name) == has for name, has in UNFINISHED.items()):
             found.setdefault(path.resolve(), str(path))
 
     def similarity(path: str) -> float:

@@ -49,8 +49,8 @@ def message_of(error: BaseException) -> str:
     if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, text):
         size = re.search(r"allocate (\d[\d.]* \w+)", text)
         return (
-            f"out of memory{f' (allocating {size[1]})' if size else ''}: a smaller --batch-size or "
-            "--max-length needs less, and --device cpu no GPU; -h lists the flags of this command"
+            f"out of memory{f' (allocating {size[1]})' if size else ''}: lower --batch-size or "
+            "--max-length, or on a GPU try --device cpu; -h lists the flags of this command"
         )
     return ""
 

@@ -50,7 +50,7 @@ def load_model(name: str | Path) -> LoadedModel:
     bert = load_bert(main)
     tokenizer = Tokenizer(main).check_fits(main, bert.cfg.vocab_size)
     st_settings = read_settings(main / "sentence_bert_config.json")
-    pooling = st_settings.get("pooling", "cls_before_pooler")  # if they do not have it: save_model
+    pooling = st_settings.get("pooling", "cls_before_pooler")  # written by save_model, not by them
     if is_st:
         pooling = pooling_from_st(modules["Pooling"] / "config.json")
     if "Dense" in modules:

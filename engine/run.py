@@ -19,7 +19,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -32,6 +31,7 @@ from tqdm import tqdm
 
 from engine import distributed
 from engine.checkpoint import (
+    LOCK,
     STATE,
     Metrics,
     checksums,
@@ -67,7 +67,8 @@ def with_absolute_paths(cfg):
     changes = {"data": os.path.abspath(os.path.expanduser(cfg.data)) if cfg.data else ""}
     for name in LOCATIONS:
         path = Path(os.path.expanduser(value := getattr(cfg, name)))
-        exists = path.is_dir() if name in ("model", "generator") else path.is_file()
+        is_folder = name in ("model", "generator")  # and --score dev is no file, even beside one
+        exists = path.is_dir() if is_folder else path.suffix != "" and path.is_file()
         if exists and path.resolve() != (ROOT / value).resolve():
             changes[name] = os.path.abspath(path)
     return replace(cfg, **changes)
@@ -124,6 +125,7 @@ class Run:
     def __exit__(self, kind, error, traceback) -> None:
         self.stack.close()
         if isinstance(error, OSError) and self.folder:
+            # Before the first step, discard() may have deleted it
             again = f"resume with: {self.resume_command()}" if self.folder.exists() else "try again"
             reason = f"cannot write to {self.folder}: {error.strerror or error}"
             raise UserError(f"{reason}. After fixing this, {again}") from None
@@ -151,8 +153,10 @@ class Run:
             raise UserError(finished + near_runs(self.folder))
         self.stop = self.stack.enter_context(Stop())
         tensors, state = load_state(self.folder)
+        if tensors and "checksums" not in state:
+            raise UserError(f"{self.folder} is a run of an earlier version; start a new one")
         if cfg.resume:
-            self.settings = (self.folder / "config.json").read_text()
+            self.settings = (self.folder / "config.json").read_text(encoding="utf-8")
         self.checksums = checksums(model, sentences, score)
         self.check_unchanged(state)
         vars(self).update({name: state[name] for name in SAVED if name in state})
@@ -215,7 +219,8 @@ class Run:
                 best = f"{self.folder / 'best'} was deleted during the run"
                 raise UserError(f"{best}; to restore it: {self.resume_command()}")
             return
-        if os.fstat(number := self.log_file.fileno()).st_nlink == 0:
+        number = self.log_file.fileno()
+        if os.fstat(number).st_nlink == 0:
             raise UserError(
                 f"{self.folder} was deleted during the run, or moved to another disk. A folder "
                 f"that has config.json and {STATE} can be resumed: {program()} --resume FOLDER"
@@ -227,10 +232,13 @@ class Run:
         )
 
     def discard(self) -> None:
-        """Delete a run that was refused before its first step: it would refuse the next one."""
+        """Delete a run that ended before its first step: its folder would refuse the next one."""
         if self.step == 0 and self.is_in_place():
             self.log_file.close()
-            shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # the folder stays if it has other files
+                for name in ("config.json", "log.jsonl", STATE, LOCK):
+                    (self.folder / name).unlink(missing_ok=True)
+                self.folder.rmdir()
 
     def seconds(self) -> float:
         return round(self.earlier_seconds + time.monotonic() - self.started, 1)

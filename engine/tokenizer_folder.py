@@ -18,7 +18,7 @@ ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 BERT_TOKENS = dict(zip(ROLES[2:], ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")))
 ROBERTA_TOKENS = dict(zip(ROLES, ("<s>", "</s>", "<unk>", "</s>", "<pad>", "<s>", "<mask>")))
 CLASSES = {"BertTokenizer": BERT_TOKENS, "DistilBertTokenizer": BERT_TOKENS}
-CLASSES |= {"RobertaTokenizer": ROBERTA_TOKENS}  # these build all but the vocabulary themselves
+CLASSES |= {"RobertaTokenizer": ROBERTA_TOKENS}  # these three take only the vocabulary: rebuild()
 CLASSES |= {"PreTrainedTokenizer": {}, "TokenizersBackend": {}, "XLMRobertaTokenizer": {}}
 BPE_FILES = ["vocab.json", "merges.txt"]
 EXTRA = ("extra_special_tokens", "additional_special_tokens")
@@ -42,12 +42,12 @@ def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int | None]]:
         backend.no_padding()
         added, special, extra = read_tokens(folder, name, config, backend)
         special = dict.fromkeys(ROLES) | {"pad_token": pad} | CLASSES[name] | special
-        special = {role: token for role, token in special.items() if token not in (None, True)}
+        special = {r: t for r, t in special.items() if isinstance(t, (str, AddedToken))}
         family = BERT_TOKENS if backend.token_to_id("[CLS]") is not None else ROBERTA_TOKENS
         texts = family | {role: str(token) for role, token in special.items()}
         ids = {role: backend.token_to_id(text) for role, text in texts.items()}
         if missing := [texts[role] for role in ROLES[2:-1] if ids[role] is None]:
-            raise ValueError(f"the vocabulary has no {missing[0]}")
+            raise ValueError(f"the vocabulary has no {missing[0]}")  # or git-lfs has not fetched it
         if CLASSES[name]:
             backend = rebuild(backend, config, texts, ids)
         add_tokens(backend, folder, added, special, extra)
@@ -61,7 +61,8 @@ def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int | None]]:
         raise
     except Exception as error:  # the tokenizers library raises plain Exception
         files = (folder / file for file in ("tokenizer.json", "vocab.txt", "vocab.json"))
-        raise cannot_read(next(filter(Path.is_file, files), folder), error) from None
+        reason = f"{error} (or a setting in tokenizer_config.json is wrong)"
+        raise cannot_read(next(filter(Path.is_file, files), folder), reason) from None
 
 
 def read_settings(path: Path) -> dict:
@@ -74,7 +75,7 @@ def find_class(folder: Path, config: dict) -> str:
     family = "RobertaTokenizer" if model.get("model_type") == "roberta" else "BertTokenizer"
     name = str(config.get("tokenizer_class") or model.get("tokenizer_class") or family)
     if name.removesuffix("Fast") not in CLASSES:
-        raise UserError(f"{folder}: the tokenizer {name} is unsupported; use {', '.join(CLASSES)}")
+        raise UserError(f"{folder}: the tokenizer {name} is not one of {', '.join(CLASSES)}")
     return name.removesuffix("Fast")
 
 
@@ -88,7 +89,7 @@ def read_backend(folder: Path, name: str) -> Tokenizer:
     elif CLASSES[name] and all((folder / part).is_file() for part in parts):
         return Tokenizer(kind.from_file(*(str(folder / part) for part in parts)))
     needed = f" of type {kind.__name__}, or {' and '.join(parts)}" if CLASSES[name] else ""
-    raise UserError(f"{folder} has no such tokenizer: a {name} needs tokenizer.json{needed}")
+    raise UserError(f"{folder}: a {name} needs a tokenizer.json{needed}")
 
 
 def read_tokens(folder: Path, name: str, config: dict, file: Tokenizer) -> tuple:
@@ -106,7 +107,7 @@ def read_tokens(folder: Path, name: str, config: dict, file: Tokenizer) -> tuple
     extra = [token(value) for values in lists for value in values]
     added = {int(i): token(value) for i, value in (numbered or {}).items()}
     if numbered is None:
-        texts = list(map(str, (*special.values(), *sum(lists[:3], []))))  # the file's not: as there
+        texts = list(map(str, (*special.values(), *sum(lists[:3], []))))  # not saved's additional
         for text, i in read_settings(folder / "added_tokens.json").items():
             added[i] = AddedToken(text, special=text in texts, normalized=text not in texts)
         added |= in_file
@@ -120,9 +121,8 @@ def rebuild(backend: Tokenizer, config: dict, texts: dict, ids: dict) -> Tokeniz
     if isinstance(model, WordPiece):
         model.unk_token, model.continuing_subword_prefix = texts["unk_token"], "##"
         model.max_input_chars_per_word = 100
-        chinese, lowercase = flag("tokenize_chinese_chars", True), flag("do_lower_case", True)
-        accents = flag("strip_accents")  # None: if lowercase
-        backend.normalizer = normalizers.BertNormalizer(True, chinese, accents, lowercase)
+        cjk, lowercase = flag("tokenize_chinese_chars", True), flag("do_lower_case", True)
+        backend.normalizer = normalizers.BertNormalizer(True, cjk, flag("strip_accents"), lowercase)
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         backend.post_processor = processors.BertProcessing(*ends)
         backend.decoder = decoders.WordPiece()
@@ -138,13 +138,13 @@ def rebuild(backend: Tokenizer, config: dict, texts: dict, ids: dict) -> Tokeniz
 def add_tokens(backend: Tokenizer, folder: Path, added: dict, special: dict, extra: list) -> None:
     """New tokens get the ids after the vocabulary's: added ones by id, special ones by role."""
     words, mask = backend.get_vocab(with_added_tokens=False), special.get("mask_token")
-    tokens, new = [added[i] for i in sorted(added)], [*special.values(), *extra]
-    texts = [str(token) for token in tokens]
+    texts, new = {str(token) for token in added.values()}, [*special.values(), *extra]
     new = [t for i, t in enumerate(new) if str(t) not in texts and t not in new[:i]]
     is_dense = max(words.values()) < len(words)  # no unused ids, which new tokens would overlap
     if is_dense and new and new[-1] == mask and str(mask) not in words:
         new.pop()  # a vocabulary without [MASK]: its model has no row for it
-    backend.add_tokens(tokens + [AddedToken(t, special=True) if t == str(t) else t for t in new])
+    new = [AddedToken(t, special=True) if isinstance(t, str) else t for t in new]
+    backend.add_tokens([added[i] for i in sorted(added)] + new)
     misfits = [str(token) for i, token in added.items() if backend.token_to_id(str(token)) != i]
-    if misfits or backend.get_vocab_size() > len(words) and not is_dense:
-        raise UserError(f"{folder}: ids of added tokens do not follow the vocabulary's: {misfits}")
+    if misfits or (not is_dense and backend.get_vocab_size() > len(words)):
+        raise UserError(f"{folder}: added ids do not follow the vocabulary's: {misfits or 'gaps'}")

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bert import ModelError, read_safetensors, write_safetensors
-from data import Tokenizer, read_sentences
+from data import Tokenizer, file_format, read_sentences
 from engine import distributed
 from engine.errors import UserError, atomic_file
 from engine.hub import cache_folder
@@ -42,7 +42,7 @@ def tokens_path(path: Path, tokenizer: Tokenizer, max_length: int, reader: Reade
                 content.update(chunk)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    key = [content.hexdigest(), path.suffixes, max_length, reader.__name__]
+    key = [content.hexdigest(), file_format(path), max_length, reader.__name__]
     key += [tokenizers.__version__, tokenizer.backend.to_str()]
     key += [inspect.getsource(sys.modules[name]) for name in ("data", reader.__module__)]
     return cache_folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.tokens"

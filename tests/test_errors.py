@@ -71,7 +71,7 @@ def test_run_main_turns_mistakes_into_one_line_and_hides_no_bug(command, monkeyp
 def test_a_lack_of_memory_is_one_line_that_names_flags(command, allocate, size):
     code, out, err = command(allocate)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith(f"error: out of memory{size}: a smaller --batch-size or --max-length ")
+    assert err.startswith(f"error: out of memory{size}: lower --batch-size or --max-length, ")
 
 
 def test_a_reader_that_stops_is_no_error():

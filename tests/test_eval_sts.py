@@ -140,8 +140,8 @@ def test_pairs_of_ones_own(tmp_path):
         ("a\tb\tc\nx\ty\t1_0\nx\ty\t1\n", "pairs.tsv line 2: the score '1_0' is not a number"),
         ("a\tb\tc\nx\ty\t1\n", "1 pairs; at least 2"),
         ("", "0 pairs; at least 2"),
-        ("\na\tb\t1\nx\ty\t2\nu\tv\t3\n", "pairs.tsv line 2: a pair; add a header line: sent"),
-        ("a\tb\t-.5 \nx\ty\t2\nu\tv\t3\n", "pairs.tsv line 1: a pair; add a header line: sent"),
+        ("\na\tb\t1\nx\ty\t2\nu\tv\t3\n", "pairs.tsv line 2 is a pair; put a header above: sent"),
+        ("a\tb\t-.5 \nx\ty\t2\nu\tv\t3\n", "pairs.tsv line 1 is a pair; put a header above: sent"),
     ):
         (tmp_path / "pairs.tsv").write_text(text)
         with pytest.raises(UserError, match=message):
