@@ -74,10 +74,7 @@ class Tokenizer:
         return self
 
     def save(self, folder: Path, max_length: int) -> None:
-        """tokenizer.json, and a tokenizer_config.json for transformers, whose class uses all of it.
-
-        No other file is needed: added tokens and flags are in tokenizer.json.
-        """
+        """tokenizer.json, and a tokenizer_config.json with the class that takes all of it."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), "utf-8")
         config = {
@@ -159,6 +156,8 @@ def read_table(path: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
         for row in rows:
             if not columns and len(row) == 1 and {"\t", ";"} & set(row[0]):
                 raise csv.Error("the header has a tab or ;, but .csv needs commas, and .tsv tabs")
+            if not columns and len(row) > 1 and not row[0]:
+                raise csv.Error("the first column has no name: to_csv(index=False) leaves it out")
             columns = columns or len(row)
             if columns > 3:
                 raise csv.Error(f"{columns} columns; expected 1, 2 (pair) or 3 (hard negative)")

@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +77,14 @@ def new_folder(out_dir: str, name: str) -> Iterator[Path]:
         yield folder
 
 
+def crc(tensors: Iterable[Tensor]) -> int:
+    """The sum of their CRC-32, whatever their order. A second for 1 GB."""
+    flat = (t.detach().cpu().contiguous().flatten().view(torch.uint8) for t in tensors)
+    return sum(zlib.crc32(t.numpy()) for t in flat)
+
+
 def save_state(folder: Path, tensors: dict[str, Tensor], run_state: dict) -> None:
+    run_state = run_state | {"crc": crc(tensors.values())}
     text = torch.frombuffer(bytearray(json.dumps(run_state).encode()), dtype=torch.uint8)
     with atomic_file(folder / STATE, f"after fixing this, resume the run in {folder}") as file:
         write_safetensors(file, tensors | {"run_state": text})
@@ -89,7 +96,10 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict]:
         return {}, {}
     try:
         tensors = read_safetensors(folder / STATE)
-        return tensors, json.loads(tensors.pop("run_state").numpy().tobytes())
+        run_state = json.loads(tensors.pop("run_state").numpy().tobytes())
+        if crc(tensors.values()) != run_state["crc"]:
+            raise ValueError("a byte differs")
+        return tensors, run_state
     except (KeyError, ValueError):
         reason = "damaged, or not a run's state; delete it to start again"
         raise UserError(f"{folder / STATE}: {reason}") from None
@@ -124,9 +134,7 @@ def checksums(model: nn.Module, sentences, score) -> dict[str, int]:
     Trained weights are in the state. sentences: TokenizedSentences. score: Score.
     """
     generator = getattr(model, "generator", None)  # None if lam is 0
-    weights = 0
-    for tensor in generator.state_dict().values() if generator else ():
-        weights = zlib.crc32(tensor.cpu().contiguous().numpy(), weights)
+    weights = crc(generator.state_dict().values()) if generator else 0
     contents = {
         "model": [repr(model.encoder.cfg), sorted(model.tokenizer.vocabulary().items())],
         "generator": [repr(getattr(generator, "cfg", None)), weights],

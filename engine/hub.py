@@ -8,6 +8,7 @@ import os
 import tarfile
 from pathlib import Path
 
+from bert import read_json
 from engine.errors import UserError, atomic_folder, expand_home
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
@@ -16,7 +17,7 @@ DATASET_TEXTS = ("wiki1m_for_simcse.txt", "nli_for_simcse.csv")
 SMALL_FILES = ["config.json", "modules.json", "[0-9]_*/config.json"]
 SMALL_FILES += ["tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json"]
 SMALL_FILES += ["tokenizer_config.json", "special_tokens_map.json"]
-SMALL_FILES += ["sentence_bert_config.json", "config_sentence_transformers.json"]
+SMALL_FILES += ["sentence_*_config.json", "config_sentence_transformers.json"]
 SAFETENSORS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 SAFETENSORS += ["[0-9]_*/model.safetensors", "[1-9]_*/pytorch_model.bin"]  # a Dense layer's
 PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"]
@@ -49,6 +50,11 @@ def download(repo: str, patterns: list[str], repo_type: str = "model", revision:
         f"download from {constants.ENDPOINT} failed: {reason}; check the name and the network "
         "(HF_TOKEN for private repositories), or try: python diffcse.py --config demo"
     )
+
+
+def read_settings(path: Path) -> dict:
+    """A JSON file of a model's folder; empty if it does not exist. Raises: ModelError."""
+    return read_json(path) if path.is_file() else {}
 
 
 def local_folder(name: str) -> Path | None:
@@ -112,7 +118,8 @@ def find_senteval(data: str) -> Path:
             folder = Path(os.path.expanduser(data)) / below
             if os.path.isdir(folder / "STS"):
                 return folder
-        raise UserError(f"{data}: no folder STS in it, nor in its senteval/ or data/downstream/")
+        reason = "no folder STS in it, nor in its senteval/ or data/downstream/"
+        raise UserError(f"{data}: {reason if os.path.isdir(data) else 'no such folder'}")
     tar = download(DATASET, ["senteval.tar"], "dataset") / "senteval.tar"
     name = f"senteval-{tar.resolve().name[:16]}"  # the Hub's cache names a file by its hash
     unpacked = cache_folder() / name

@@ -16,17 +16,18 @@ import tokenizers
 import torch
 import torch.nn as nn
 
-from bert import Bert, load_bert, read_json, read_weights, save_bert, write_safetensors
+from bert import FAMILIES, Bert, load_bert, read_json, read_weights, save_bert, write_safetensors
 from data import Tokenizer
 from engine.errors import UserError, atomic_folder
-from engine.hub import find_model
-from engine.tokenizer_folder import read_settings
+from engine.hub import find_model, read_settings
 
 RUN_CONFIG = "run_config.json"  # in a model's folder: the settings of the run that made it
 MAX_LENGTH = 128  # tokens, unless the folder says otherwise; as in the official diffcse/tool.py
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # of files; they are loaded as fp32
 ST_POOLINGS = ("cls_before_pooler", "cls", "mean", "max")  # "cls" is their "cls" and a Dense layer
 ST_FLAGS = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max"}  # "pooling_mode_..."
+UNSUPPORTED = ("default_prompt_name", "truncate_dim", "tokenizer_args", "processor_kwargs")
+UNSUPPORTED += ("model_args", "model_kwargs", "config_args", "config_kwargs")
 ST_TYPES = "sentence_transformers.models"
 ST_FOLDERS = {"Transformer": "", "Pooling": "1_Pooling", "Dense": "2_Dense", "Normalize": "3_Norm"}
 
@@ -49,7 +50,8 @@ def load_model(name: str | Path) -> LoadedModel:
     main = modules["Transformer"]
     bert = load_bert(main)
     tokenizer = Tokenizer(main).check_fits(main, bert.cfg.vocab_size)
-    st_settings = read_settings(main / "sentence_bert_config.json")
+    files = (read_settings(main / f"sentence_{kind}_config.json") for kind in FAMILIES)
+    st_settings = next(filter(None, files), {})
     pooling = st_settings.get("pooling", "cls_before_pooler")  # written by save_model, not by them
     if is_st:
         pooling = pooling_from_st(modules["Pooling"] / "config.json")
@@ -58,8 +60,9 @@ def load_model(name: str | Path) -> LoadedModel:
         pooling = "cls"
 
     st_config = read_settings(folder / "config_sentence_transformers.json")
-    if prompt := st_config.get("default_prompt_name"):
-        raise UserError(f"{folder}: a prompt before every sentence ({prompt!r}) is not supported")
+    for name, value in (st_config | st_settings).items():
+        if value and name in UNSUPPORTED:
+            raise UserError(f"{folder}: sentence-transformers' {name} {value!r} is not supported")
     if st_settings.get("do_lower_case"):  # before the tokenizer's own normalisation
         own = [tokenizer.backend.normalizer] if tokenizer.backend.normalizer else []
         steps = [tokenizers.normalizers.Lowercase(), *own]
@@ -163,7 +166,7 @@ def exported_card(title: str, model: LoadedModel, about: str, source: Path) -> s
     if f"Pooling: `{model.pooling}`." in own:
         return f"{own}\n{about}\n"
     if is_run:
-        about += " The scores of its training are left out: they are of another pooling."
+        about += " The scores of its training are left out: its card is of another pooling."
     return model_card(title, model, about)
 
 

@@ -197,7 +197,7 @@ class Run:
             if state.get("checksums", {}).get(name, value) != value:
                 raise UserError(
                     f"{flag(name)} {getattr(self.cfg, name)} is not what {self.folder} started "
-                    "with, so the run cannot be resumed exactly"
+                    "with, so the run cannot be resumed exactly (a file of pairs keeps its name)"
                 )
         if state.get("settings", self.settings) != self.settings:
             config = self.folder / "config.json"

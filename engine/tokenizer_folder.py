@@ -11,8 +11,9 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE, WordPiece
 
-from bert import ModelError, cannot_read, read_json
+from bert import ModelError, cannot_read
 from engine.errors import UserError
+from engine.hub import read_settings
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 BERT_TOKENS = dict(zip(ROLES[2:], ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")))
@@ -25,10 +26,7 @@ EXTRA = ("extra_special_tokens", "additional_special_tokens")
 
 
 def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int | None]]:
-    """The tokenizer, and the ids of its special tokens by role. Only mask_token's may be None.
-
-    Raises: UserError or ModelError, with the reason, if the ids would not be transformers'.
-    """
+    """And the ids of special tokens by role; mask_token's may be None. Raises: UserError or so."""
     try:
         config = read_settings(folder / "tokenizer_config.json")
         name = find_class(folder, config)
@@ -50,12 +48,18 @@ def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int | None]]:
             raise ValueError(f"the vocabulary has no {missing[0]}")  # or git-lfs has not fetched it
         if CLASSES[name]:
             backend = rebuild(backend, config, texts, ids)
+        elif name == "XLMRobertaTokenizer":  # its own splitting, and sentencepiece's characters
+            scheme = "always" if config.get("add_prefix_space", True) else "never"
+            metaspace = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+            splits, steps = [pre_tokenizers.WhitespaceSplit(), metaspace], backend.normalizer
+            backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
+            steps = steps if isinstance(steps, normalizers.Sequence) else [steps]
+            kept = [step for step in steps if isinstance(step, normalizers.Precompiled)]
+            backend.normalizer = normalizers.Sequence(kept)
         add_tokens(backend, folder, added, special, extra)
-        ids["mask_token"] = backend.token_to_id(texts["mask_token"])  # maybe an added one
         a, ends = backend.encode("a").ids, [ids["cls_token"], ids["sep_token"]]
         if backend.num_special_tokens_to_add(False) != 2 or [a[0], a[-1]] != ends:
-            advice = 'tokenizer_class "BertTokenizer" or "RobertaTokenizer" in its config adds them'
-            raise UserError(f"{folder}: its tokenizer.json adds no [CLS] and [SEP]; {advice}")
+            raise UserError(f"{folder}: its {name} adds no [CLS] and [SEP]; a BertTokenizer would")
         return backend, ids
     except (UserError, ModelError):
         raise
@@ -63,10 +67,6 @@ def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int | None]]:
         files = (folder / file for file in ("tokenizer.json", "vocab.txt", "vocab.json"))
         reason = f"{error} (or a setting in tokenizer_config.json is wrong)"
         raise cannot_read(next(filter(Path.is_file, files), folder), reason) from None
-
-
-def read_settings(path: Path) -> dict:
-    return read_json(path) if path.is_file() else {}
 
 
 def find_class(folder: Path, config: dict) -> str:

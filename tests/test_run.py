@@ -569,3 +569,17 @@ def test_pick_device(monkeypatch, device, amp, hardware, expected):
     except UserError as error:
         picked = str(error)
     assert picked == expected
+
+
+def test_a_state_with_another_byte_is_refused(tmp_path):
+    """safetensors itself notices only other sizes."""
+    tensors = {"model.a": torch.randn(5, 3), "pending.loss": torch.randn(2).double()}
+    checkpoint.save_state(tmp_path, tensors | {"model.b": torch.tensor(3)}, {"step": 4})
+    assert checkpoint.load_state(tmp_path)[1]["step"] == 4
+    path = tmp_path / checkpoint.STATE
+    content = bytearray(path.read_bytes())
+    place = content.index(tensors["model.a"].numpy().tobytes())
+    content[place + 7] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="state.safetensors: damaged, or not a run's state"):
+        checkpoint.load_state(tmp_path)

@@ -150,7 +150,8 @@ def test_folders_of_the_first_sentence_transformers_and_lower_casing(tmp_path):
     lower = [s for s in SENTENCES[:300] if s.isascii()]
     upper = [s.upper() for s in lower]
     assert not np.allclose(encode(old, lower), encode(old, upper), atol=1e-2)
-    (inside / "sentence_bert_config.json").write_text('{"do_lower_case": true}')
+    (inside / "sentence_bert_config.json").write_text("{}")  # theirs looks for other names then
+    (inside / "sentence_roberta_config.json").write_text('{"do_lower_case": true}')
     assert load_model(old).max_length == 30
     close(encode(old, upper), encode(old, lower))
 
@@ -207,7 +208,7 @@ def test_other_ways_to_store_a_model_keep_its_vectors(tmp_path, family, change):
     close(sentence_transformer(folder).encode(SENTENCES[:50]), expected)
 
 
-PROMPT = "config_sentence_transformers.json"
+PROMPT, ST_CONFIG = "config_sentence_transformers.json", "sentence_bert_config.json"
 POOLING, DENSE = "1_Pooling/config.json", "2_Dense/config.json"
 
 
@@ -218,7 +219,9 @@ POOLING, DENSE = "1_Pooling/config.json", "2_Dense/config.json"
         ("modules.json", [{"path": "", "type": "a.WordWeights"}], "its modules are WordWeights"),
         ("modules.json", [{"path": "../1", "type": "a.Pooling"}], "'../1' is not a plain name"),
         ("modules.json", [{"path": "..", "type": "a.Transformer"}], "'..' is not a plain name"),
-        (PROMPT, {"default_prompt_name": "query"}, "a prompt before every sentence ('query')"),
+        (PROMPT, {"default_prompt_name": "query"}, "default_prompt_name 'query' is not supported"),
+        (PROMPT, {"truncate_dim": 64}, "sentence-transformers' truncate_dim 64 is not supported"),
+        (ST_CONFIG, {"tokenizer_args": {"x": 1}}, "tokenizer_args {'x': 1} is not supported"),
         (POOLING, {"pooling_mode": ["cls"]}, "pooling ['cls'] is not supported; supported: cls, m"),
         (POOLING, {"pooling_mode_cls_token": 1, "pooling_mode_mean_tokens": 1}, "'cls+mean'"),
         (POOLING, None, "1_Pooling/config.json cannot be read"),
