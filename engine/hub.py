@@ -118,8 +118,7 @@ def find_senteval(data: str) -> Path:
             folder = Path(os.path.expanduser(data)) / below
             if os.path.isdir(folder / "STS"):
                 return folder
-        reason = "no folder STS in it, nor in its senteval/ or data/downstream/"
-        raise UserError(f"{data}: {reason if os.path.isdir(data) else 'no such folder'}")
+        raise UserError(f"{data}: no folder STS in it, nor in its senteval/ or data/downstream/")
     tar = download(DATASET, ["senteval.tar"], "dataset") / "senteval.tar"
     name = f"senteval-{tar.resolve().name[:16]}"  # the Hub's cache names a file by its hash
     unpacked = cache_folder() / name
