@@ -26,7 +26,7 @@ EXTRA = ("extra_special_tokens", "additional_special_tokens")
 
 
 def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int | None]]:
-    """And the ids of special tokens by role; mask_token's may be None. Raises: UserError or so."""
+    """The tokenizer, and its special tokens' ids by role; only that of mask_token may be None."""
     try:
         config = read_settings(folder / "tokenizer_config.json")
         name = find_class(folder, config)
@@ -48,7 +48,7 @@ def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int | None]]:
             raise ValueError(f"the vocabulary has no {missing[0]}")  # or git-lfs has not fetched it
         if CLASSES[name]:
             backend = rebuild(backend, config, texts, ids)
-        elif name == "XLMRobertaTokenizer":  # its own splitting, and sentencepiece's characters
+        elif name == "XLMRobertaTokenizer":  # of the normalizer it keeps sentencepiece's table only
             scheme = "always" if config.get("add_prefix_space", True) else "never"
             metaspace = pre_tokenizers.Metaspace(prepend_scheme=scheme)
             splits, steps = [pre_tokenizers.WhitespaceSplit(), metaspace], backend.normalizer
