@@ -69,8 +69,7 @@ class Tokenizer:
     def check_fits(self, folder: str | Path, vocab_size: int) -> "Tokenizer":
         token, last = max(self.vocabulary().items(), key=lambda item: item[1])
         if last >= vocab_size:
-            sizes = f"{token!r} has the id {last}, but the model's vocab_size is {vocab_size}"
-            raise UserError(f"{folder}: {sizes}: tokenizer and model do not belong together")
+            raise UserError(f"{folder}: {token!r} has id {last}; the model has {vocab_size} ids")
         return self
 
     def save(self, folder: Path, max_length: int) -> None:
@@ -156,8 +155,10 @@ def read_table(path: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
         for row in rows:
             if not columns and len(row) == 1 and {"\t", ";"} & set(row[0]):
                 raise csv.Error("the header has a tab or ;, but .csv needs commas, and .tsv tabs")
-            if not columns and len(row) > 1 and not row[0]:
-                raise csv.Error("the first column has no name: to_csv(index=False) leaves it out")
+            if not columns and row and all(cell[:1] == cell[-1:] == '"' for cell in row):
+                raise csv.Error("the header is in quotes, but a .tsv has none: write a .csv")
+            if not columns and len(row) > 1 and not all(row):
+                raise csv.Error("a column has no name; pandas: to_csv(index=False) leaves it out")
             columns = columns or len(row)
             if columns > 3:
                 raise csv.Error(f"{columns} columns; expected 1, 2 (pair) or 3 (hard negative)")

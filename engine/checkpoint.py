@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -77,17 +77,20 @@ def new_folder(out_dir: str, name: str) -> Iterator[Path]:
         yield folder
 
 
-def crc(tensors: Iterable[Tensor]) -> int:
-    """The sum of their CRC-32, whatever their order. A second for 1 GB."""
-    flat = (t.detach().cpu().contiguous().flatten().view(torch.uint8) for t in tensors)
-    return sum(zlib.crc32(t.numpy()) for t in flat)
+def crc(tensors: dict[str, Tensor]) -> int:
+    """The sum over tensors of the CRC-32 of their name and bytes. A second for 1 GB."""
+    total = 0
+    for name, tensor in tensors.items():
+        flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        total += zlib.crc32(flat.numpy(), zlib.crc32(name.encode()))
+    return total
 
 
 def save_state(folder: Path, tensors: dict[str, Tensor], run_state: dict) -> None:
-    run_state = run_state | {"crc": crc(tensors.values())}
     text = torch.frombuffer(bytearray(json.dumps(run_state).encode()), dtype=torch.uint8)
+    tensors = tensors | {"run_state": text}
     with atomic_file(folder / STATE, f"after fixing this, resume the run in {folder}") as file:
-        write_safetensors(file, tensors | {"run_state": text})
+        write_safetensors(file, tensors | {"crc": torch.tensor(crc(tensors))})
 
 
 def load_state(folder: Path) -> tuple[dict[str, Tensor], dict]:
@@ -96,10 +99,9 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict]:
         return {}, {}
     try:
         tensors = read_safetensors(folder / STATE)
-        run_state = json.loads(tensors.pop("run_state").numpy().tobytes())
-        if crc(tensors.values()) != run_state["crc"]:
+        if tensors.pop("crc").item() != crc(tensors):
             raise ValueError("a byte differs")
-        return tensors, run_state
+        return tensors, json.loads(tensors.pop("run_state").numpy().tobytes())
     except (KeyError, ValueError):
         reason = "damaged, or not a run's state; delete it to start again"
         raise UserError(f"{folder / STATE}: {reason}") from None
@@ -134,7 +136,7 @@ def checksums(model: nn.Module, sentences, score) -> dict[str, int]:
     Trained weights are in the state. sentences: TokenizedSentences. score: Score.
     """
     generator = getattr(model, "generator", None)  # None if lam is 0
-    weights = crc(generator.state_dict().values()) if generator else 0
+    weights = crc(generator.state_dict()) if generator else 0
     contents = {
         "model": [repr(model.encoder.cfg), sorted(model.tokenizer.vocabulary().items())],
         "generator": [repr(getattr(generator, "cfg", None)), weights],

@@ -27,7 +27,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # of files; they are lo
 ST_POOLINGS = ("cls_before_pooler", "cls", "mean", "max")  # "cls" is their "cls" and a Dense layer
 ST_FLAGS = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max"}  # "pooling_mode_..."
 UNSUPPORTED = ("default_prompt_name", "truncate_dim", "tokenizer_args", "processor_kwargs")
-UNSUPPORTED += ("model_args", "model_kwargs", "config_args", "config_kwargs")
+UNSUPPORTED += ("model_args", "model_kwargs", "config_args", "config_kwargs", "processing_kwargs")
+ST_FILES = (*FAMILIES, "camembert", "albert", "xlm-roberta", "xlnet")  # the first that is not empty
 ST_TYPES = "sentence_transformers.models"
 ST_FOLDERS = {"Transformer": "", "Pooling": "1_Pooling", "Dense": "2_Dense", "Normalize": "3_Norm"}
 
@@ -50,7 +51,7 @@ def load_model(name: str | Path) -> LoadedModel:
     main = modules["Transformer"]
     bert = load_bert(main)
     tokenizer = Tokenizer(main).check_fits(main, bert.cfg.vocab_size)
-    files = (read_settings(main / f"sentence_{kind}_config.json") for kind in FAMILIES)
+    files = (read_settings(main / f"sentence_{kind}_config.json") for kind in ST_FILES)
     st_settings = next(filter(None, files), {})
     pooling = st_settings.get("pooling", "cls_before_pooler")  # written by save_model, not by them
     if is_st:
@@ -61,16 +62,18 @@ def load_model(name: str | Path) -> LoadedModel:
 
     st_config = read_settings(folder / "config_sentence_transformers.json")
     for name, value in (st_config | st_settings).items():
-        if value and name in UNSUPPORTED:
+        if value and name in UNSUPPORTED or (name, value) == ("transformer_task", "fill-mask"):
             raise UserError(f"{folder}: sentence-transformers' {name} {value!r} is not supported")
     if st_settings.get("do_lower_case"):  # before the tokenizer's own normalisation
         own = [tokenizer.backend.normalizer] if tokenizer.backend.normalizer else []
-        steps = [tokenizers.normalizers.Lowercase(), *own]
-        tokenizer.backend.normalizer = tokenizers.normalizers.Sequence(steps)
+        own = list(own[0]) if own and isinstance(own[0], tokenizers.normalizers.Sequence) else own
+        if not any(isinstance(step, tokenizers.normalizers.Lowercase) for step in own):
+            steps = [tokenizers.normalizers.Lowercase(), *own]
+            tokenizer.backend.normalizer = tokenizers.normalizers.Sequence(steps)
     max_length = st_settings.get("max_seq_length") or MAX_LENGTH
     if is_st and not st_settings.get("max_seq_length"):  # their default
         tokens = read_settings(main / "tokenizer_config.json")
-        max_length = tokens.get("model_max_length") or bert.max_length
+        max_length = tokens.get("model_max_length", tokens.get("max_len")) or bert.max_length
     if not isinstance(max_length, int) or max_length < 2:
         raise UserError(f"{main}: max_seq_length is {max_length!r}; it must be an integer above 1")
     return LoadedModel(bert, tokenizer, pooling, min(max_length, bert.max_length))
@@ -81,9 +84,14 @@ def read_st_modules(path: Path) -> dict[str, Path]:
     modules = {}
     for module in read_json(path, list):
         module = module if isinstance(module, dict) else {"path": ""}
-        kind, name = str(module.get("type")).rpartition(".")[2], str(module.get("path"))
+        full_name, name = str(module.get("type")), str(module.get("path"))
+        kind = full_name.rpartition(".")[2]
         if name == ".." or Path(name).name != name:
             raise UserError(f"{path}: the module folder {name!r} is not a plain name")
+        if not full_name.startswith("sentence_transformers."):
+            kind = full_name  # code of its own
+        if kind in modules:
+            kind = f"a second {kind}"
         modules[kind] = path.parent / name
     optional = [kind for kind in ("Dense", "Normalize") if kind in modules]
     if list(modules) != ["Transformer", "Pooling", *optional]:
@@ -109,7 +117,9 @@ def load_tanh_layer(folder: Path, pooling: str, D: int) -> nn.Linear:
     config, weights = read_json(folder / "config.json"), read_weights(folder)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     tanh = str(config.get("activation_function")).endswith(".Tanh")
+    names = {config.get(f"module_{end}put_name") for end in ("in", "out")}
     supported = tanh and not config.get("use_residual") and pooling == "cls_before_pooler"
+    supported = supported and names <= {None, "sentence_embedding"}
     if not supported or shapes != {"linear.weight": (D, D), "linear.bias": (D,)}:
         raise UserError(f"{folder}: supported is only a {D} x {D} tanh layer after pooling cls")
     layer = nn.Linear(D, D)

@@ -49,10 +49,11 @@ def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int | None]]:
         if CLASSES[name]:
             backend = rebuild(backend, config, texts, ids)
         elif name == "XLMRobertaTokenizer":  # of the normalizer it keeps sentencepiece's table only
+            if ids["unk_token"] != 3:
+                raise UserError(f"{folder}: the <unk> of an XLMRobertaTokenizer must have the id 3")
             scheme = "always" if config.get("add_prefix_space", True) else "never"
-            metaspace = pre_tokenizers.Metaspace(prepend_scheme=scheme)
-            splits, steps = [pre_tokenizers.WhitespaceSplit(), metaspace], backend.normalizer
-            backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
+            splits = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace("▁", scheme)]
+            backend.pre_tokenizer, steps = pre_tokenizers.Sequence(splits), backend.normalizer
             steps = steps if isinstance(steps, normalizers.Sequence) else [steps]
             kept = [step for step in steps if isinstance(step, normalizers.Precompiled)]
             backend.normalizer = normalizers.Sequence(kept)
@@ -95,9 +96,8 @@ def read_backend(folder: Path, name: str) -> Tokenizer:
 def read_tokens(folder: Path, name: str, config: dict, file: Tokenizer) -> tuple:
     """Added tokens by id, special ones by role, and special ones without a role."""
 
-    def token(value: object) -> object:  # a string, or an AddedToken with its flags
-        has_flags = isinstance(value, dict)
-        return AddedToken(**{k: value[k] for k in value if k != "__type"}) if has_flags else value
+    def token(t: object) -> object:  # a string, or an AddedToken with its flags
+        return AddedToken(**{k: t[k] for k in t if k != "__type"}) if isinstance(t, dict) else t
 
     in_file = file.get_added_tokens_decoder()
     numbered = config.get("added_tokens_decoder")  # None: written before transformers 4.34

@@ -8,8 +8,7 @@ undisturbed run's bit for bit, except for times. It saves its state at every ste
 kills hit a write.
 
 --soak MINUTES: every 30 seconds the resident memory and the open files of an endless run are read
-from Linux's /proc. At the end the run gets SIGTERM, as from the time limit of a queue, so its exit
-code should be 143. What is printed is for people to judge: no limit is checked.
+from Linux's /proc. At the end the run gets SIGTERM, as from a queue: its exit code should be 143.
 """
 
 import itertools

@@ -34,11 +34,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bert import BertConfig, BertForMaskedLM, load_bert, read_config, save_bert
 from data import Batch, Tokenizer, corrupt, read_lines
 from diffcse import derive_seed
-from engine import checkpoint
+from engine import checkpoint, errors
 from engine.cli import Parser, positive_int
 from engine.device import pick_device
-from engine.errors import UserError, atomic_folder, expand_home, restore_folder, run_main
-from engine.errors import write_atomically
+from engine.errors import UserError, atomic_folder, restore_folder, run_main, write_atomically
 from engine.hub import find_model
 from engine.run import Stop
 from engine.tokens import TokenizedSentences
@@ -374,6 +373,8 @@ def train(args: argparse.Namespace, out: Path) -> None:
     device, amp = pick_device(args.device, "auto")
     amp = None if amp == torch.float16 else amp  # fp16 needs a gradient scaler
     tokenizer, rows, held_out, model = prepare(args, out)
+    if progress.setdefault("checksum", rows.checksum) != rows.checksum:
+        raise UserError(f"--resume: --text, or the vocabulary in {out / 'best'}, has changed")
     optimizer = make_optimizer(model.to(device))
     if args.resume:
         checkpoint.load_state_dict(tensors, model, optimizer)
@@ -472,7 +473,7 @@ def main() -> None:
     args = parse_args()
     if args.score:
         return score_models(args)
-    out = expand_home(args.out)
+    out = errors.expand_home(args.out)
     with checkpoint.locked(out) if args.resume else checkpoint.new_folder(str(out), ""):
         train(args, out)
 

@@ -83,7 +83,9 @@ BAD_FILES = [
     ("a.csv", b"a,b\nx,y\n\nx,y,z\n", "line 4: 3 columns, but the header has 2"),
     ("a.csv", b'a,b\n"x\n1",y\nonly\n', "line 4: 1 columns, but the header has 2"),
     ("a.tsv", b"a\tb\tc\td\n", "line 1: 4 columns"),
-    ("a.csv", b",sentence\n0,A cat.\n", "line 1: the first column has no name: to_csv(index"),
+    ("a.csv", b"s0,s1,\nA,B,\n", "line 1: a column has no name"),
+    ("a.tsv", b'"a"\t"b"\n"x"\t"y"\n', "line 1: the header is in quotes, but a .tsv has none"),
+    ("a.csv", b",sentence\n0,A cat.\n", "line 1: a column has no name; pandas: to_csv(index"),
     ("a.csv", b"a\nx\ry\n", "line 2: a carriage return inside the row; if all"),
     ("a.tsv", b"a\tb\rx\ty\r", "line 1: a carriage return inside the row; if all"),
     ("a.csv", b'a\n"1\n2"\n\n"not\nclosed\n', "line 5: a quote in the row that begins here is ne"),
@@ -147,7 +149,7 @@ def test_1000_random_tables_are_read_as_by_the_csv_module_or_refused_in_one_line
             message, content = str(error), path.read_bytes()
             assert re.fullmatch(rf"{re.escape(str(path))} line \d+: [^\r\n]+", message)
             cr = re.search(rb"\r+[^\r\n]", content) and "carriage return" in message
-            assert not is_fine or cr or "the header has a tab" in message or "no name" in message
+            assert not is_fine or cr or re.search("the header (has|is)|no name", message)
     assert read > 600
 
 

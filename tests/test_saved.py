@@ -216,7 +216,11 @@ POOLING, DENSE = "1_Pooling/config.json", "2_Dense/config.json"
     "file, content, says",
     [
         ("modules.json", [1], "its modules are None; supported are Transformer, Pooling, then"),
-        ("modules.json", [{"path": "", "type": "a.WordWeights"}], "its modules are WordWeights"),
+        (
+            "modules.json",
+            [{"path": "", "type": "a.WordWeights"}],
+            "its modules are a.WordWeights; supp",
+        ),
         ("modules.json", [{"path": "../1", "type": "a.Pooling"}], "'../1' is not a plain name"),
         ("modules.json", [{"path": "..", "type": "a.Transformer"}], "'..' is not a plain name"),
         (PROMPT, {"default_prompt_name": "query"}, "default_prompt_name 'query' is not supported"),

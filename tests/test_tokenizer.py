@@ -260,7 +260,7 @@ def test_an_added_token_is_one_token_in_training_files_and_saved_models(small, t
     """vocab.txt and added_tokens.json, and a model that has a row for the new id."""
     (small / "tokenizer.json").unlink()
     write_json(small / "added_tokens.json", {"[USER]": 8192})
-    with pytest.raises(UserError, match=r"'\[USER\]' has the id 8192, but the model's vocab_size"):
+    with pytest.raises(UserError, match=r"'\[USER\]' has id 8192; the model has 8192 ids"):
         Tokenizer(small).check_fits(small, 8192)
     save_bert(BertForMaskedLM(small_config(vocab_size=8193)), small)
     assert command(embed_main, "export", small, tmp_path / "new").code == 0
@@ -319,6 +319,17 @@ def test_a_sentencepiece_tokenizer_json_is_taken_as_it_is(tmp_path):
         assert ours.pad_id == 1 and ours.mask_id == 10
 
 
+def test_an_xlm_roberta_tokenizer_of_another_order_is_refused(tmp_path):
+    """transformers takes id 3 for <unk>, whatever tokenizer.json says."""
+    pieces = [(piece, 0.0) for piece in ["<unk>", "<s>", "</s>", "<pad>", "▁a"]]
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, 0))
+    backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 1))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "XLMRobertaTokenizer"})
+    with pytest.raises(UserError, match="the <unk> of an XLMRobertaTokenizer must have the id 3"):
+        Tokenizer(tmp_path)
+
+
 def test_settings_of_a_bpe_model_that_transformers_drops(tmp_path):
     need_transformers_5()
     vocabulary = {word: i for i, word in enumerate([*ROBERTA_SPECIAL, *"abcd", "ab", "bc", "abc"])}
@@ -369,7 +380,7 @@ def test_unused_ids_count(tmp_path):
     tokenizer = Tokenizer(tmp_path)
     assert (tokenizer.vocab_size, len(tokenizer.vocabulary())) == (8, 7)
     assert tokenizer(["a b"], 9) == [[2, 6, 7, 3]]
-    with pytest.raises(UserError, match="'b' has the id 7, but the model's vocab_size is 7: "):
+    with pytest.raises(UserError, match="'b' has id 7; the model has 7 ids"):
         tokenizer.check_fits(tmp_path, 7)
     write_json(tmp_path / "added_tokens.json", {"new": 7})  # transformers would number it so
     no_mask = "\n".join([*SPECIAL_WORDS[:4], "a", "a", "b"])  # and [MASK], as it adds one

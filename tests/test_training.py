@@ -199,7 +199,7 @@ def test_train_files_of_every_kind(train_tiny, tmp_path, capsys, name, content, 
     "changes, message",
     [
         ({"model": "no/such/model"}, "no/such/model: no such model folder"),
-        ({"model": "FEW_ROWS"}, "do not belong together"),
+        ({"model": "FEW_ROWS"}, "; the model has "),
         ({"generator": "FEW_ROWS"}, "FEW_ROWS has 22 words and 40 positions; at least 23 and 32"),
         ({"generator": SMALL}, "another vocabulary"),
         ({"max_length": 41}, "--max-length is above the 40 positions of "),
