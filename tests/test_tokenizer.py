@@ -1,8 +1,8 @@
 """A folder's tokenizer: transformers' ids, or a refusal that names the reason.
 
 `python tests/test_tokenizer.py --folders 3000` makes more random folders than the suite, and prints
-how many are equal, and why the others are refused. results/tokenizer.json: for three versions of
-tokenizers, of which transformers accepts the last (its check of versions was turned off).
+how many are equal, and why the others are refused. results/tokenizer.json: for two versions of
+tokenizers, of which transformers accepts the second (its check of versions was turned off).
 """
 
 # ruff: noqa: E402
