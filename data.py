@@ -47,7 +47,7 @@ class Tokenizer:
         self.backend.no_truncation()
         self.vocab_size = max(self.vocabulary().values()) + 1
         self.cls_id, self.sep_id, self.pad_id = ids["cls_token"], ids["sep_token"], ids["pad_token"]
-        self.unk_id, self.mask_id = ids["unk_token"], ids.get("mask_token")
+        self.unk_id, self.mask_id = ids["unk_token"], ids["mask_token"]
         self.special_ids = sorted({i for i in ids.values() if i is not None})
 
     def __call__(self, sentences: list[str], max_length: int) -> list[list[int]]:
@@ -67,8 +67,8 @@ class Tokenizer:
         return self.backend.get_vocab()
 
     def check_fits(self, folder: str | Path, vocab_size: int) -> "Tokenizer":
-        token, last = max(self.vocabulary().items(), key=lambda item: item[1])
-        if last >= vocab_size:
+        if self.vocab_size > vocab_size:
+            token, last = max(self.vocabulary().items(), key=lambda item: item[1])
             raise UserError(f"{folder}: {token!r} has id {last}; the model has {vocab_size} ids")
         return self
 
@@ -102,7 +102,7 @@ CSV_ERRORS = {  # the csv module's words, and ours
 
 
 def file_format(path: Path) -> tuple[str, str]:
-    """(".csv", ".gz"): its suffix and its compression, "" if there is none; in lower case."""
+    """(".csv", ".gz"): suffix and compression in lower case; "" for one that is missing."""
     name = path.name.lower()
     packed = Path(name).suffix if name.endswith((".gz", ".xz")) else ""
     return Path(name.removesuffix(packed)).suffix, packed

@@ -21,6 +21,7 @@ from torch import Tensor
 from bert import read_safetensors, write_safetensors
 from engine.cli import program
 from engine.errors import UserError, atomic_file, expand_home, restore_folder, write_atomically
+from engine.tokens import checksum
 
 STATE, LOCK = "state.safetensors", ".lock"
 Metrics = dict[str, tuple[Tensor | float, Tensor | float]]  # (sum, count) of each
@@ -77,20 +78,11 @@ def new_folder(out_dir: str, name: str) -> Iterator[Path]:
         yield folder
 
 
-def crc(tensors: dict[str, Tensor]) -> int:
-    """The sum over tensors of the CRC-32 of their name and bytes. A second for 1 GB."""
-    total = 0
-    for name, tensor in tensors.items():
-        flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        total += zlib.crc32(flat.numpy(), zlib.crc32(name.encode()))
-    return total
-
-
 def save_state(folder: Path, tensors: dict[str, Tensor], run_state: dict) -> None:
     text = torch.frombuffer(bytearray(json.dumps(run_state).encode()), dtype=torch.uint8)
     tensors = tensors | {"run_state": text}
     with atomic_file(folder / STATE, f"after fixing this, resume the run in {folder}") as file:
-        write_safetensors(file, tensors | {"crc": torch.tensor(crc(tensors))})
+        write_safetensors(file, tensors | {"checksum": torch.tensor(checksum(tensors))})
 
 
 def load_state(folder: Path) -> tuple[dict[str, Tensor], dict]:
@@ -99,7 +91,7 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict]:
         return {}, {}
     try:
         tensors = read_safetensors(folder / STATE)
-        if tensors.pop("crc").item() != crc(tensors):
+        if int(tensors.pop("checksum")) != checksum(tensors):
             raise ValueError("a byte differs")
         return tensors, json.loads(tensors.pop("run_state").numpy().tobytes())
     except (KeyError, ValueError):
@@ -136,7 +128,7 @@ def checksums(model: nn.Module, sentences, score) -> dict[str, int]:
     Trained weights are in the state. sentences: TokenizedSentences. score: Score.
     """
     generator = getattr(model, "generator", None)  # None if lam is 0
-    weights = crc(generator.state_dict()) if generator else 0
+    weights = checksum(generator.state_dict()) if generator else 0
     contents = {
         "model": [repr(model.encoder.cfg), sorted(model.tokenizer.vocabulary().items())],
         "generator": [repr(getattr(generator, "cfg", None)), weights],

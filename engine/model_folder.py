@@ -12,9 +12,9 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import tokenizers
 import torch
 import torch.nn as nn
+from tokenizers import normalizers
 
 from bert import FAMILIES, Bert, load_bert, read_json, read_weights, save_bert, write_safetensors
 from data import Tokenizer
@@ -65,11 +65,11 @@ def load_model(name: str | Path) -> LoadedModel:
         if value and name in UNSUPPORTED or (name, value) == ("transformer_task", "fill-mask"):
             raise UserError(f"{folder}: sentence-transformers' {name} {value!r} is not supported")
     if st_settings.get("do_lower_case"):  # before the tokenizer's own normalisation
-        own = [tokenizer.backend.normalizer] if tokenizer.backend.normalizer else []
-        own = list(own[0]) if own and isinstance(own[0], tokenizers.normalizers.Sequence) else own
-        if not any(isinstance(step, tokenizers.normalizers.Lowercase) for step in own):
-            steps = [tokenizers.normalizers.Lowercase(), *own]
-            tokenizer.backend.normalizer = tokenizers.normalizers.Sequence(steps)
+        own = tokenizer.backend.normalizer
+        steps = list(own) if isinstance(own, normalizers.Sequence) else [own] if own else []
+        if not any(isinstance(step, normalizers.Lowercase) for step in steps):
+            steps = [normalizers.Lowercase(), *steps]
+            tokenizer.backend.normalizer = normalizers.Sequence(steps)
     max_length = st_settings.get("max_seq_length") or MAX_LENGTH
     if is_st and not st_settings.get("max_seq_length"):  # their default
         tokens = read_settings(main / "tokenizer_config.json")
