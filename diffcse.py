@@ -106,7 +106,7 @@ class Config:
     def __post_init__(self) -> None:
         positive = ("lr", "temperature", "edit_temperature", "clip")
         at_least_1 = ("epochs", "eval_every", "log_every")
-        for name, valid, expected in [
+        rules = [
             ("batch_size", self.batch_size >= 2, "at least 2: one sentence has no negatives"),
             ("max_length", self.max_length >= 3, "at least 3: [CLS], one token, [SEP]"),
             ("mask_ratio", 0 <= self.mask_ratio <= 1, "between 0 and 1"),
@@ -119,9 +119,8 @@ class Config:
             ("save_minutes", self.save_minutes >= 0, "0 or larger"),
             *((name, 0 < getattr(self, name) < np.inf, "positive, finite") for name in positive),
             *((name, getattr(self, name) >= 1, "at least 1") for name in at_least_1),
-        ]:
-            if not valid:
-                raise UserError(f"{cli.flag(name)} is {getattr(self, name)}; it must be {expected}")
+        ]
+        cli.check(self, rules)
 
 
 ROBERTA = dict(model="roberta-base", generator="distilroberta-base")

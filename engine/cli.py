@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -59,6 +59,10 @@ def convert(kind: type, value: object) -> object:
     options = typing.get_args(kind)  # of Literal: the words; of `int | None`: the types
     if typing.get_origin(kind) is Literal:
         return options[options.index(value)]
+    if typing.get_origin(kind) is tuple:  # tuple[str, ...]
+        if not isinstance(value, (list, tuple)):
+            raise ValueError
+        return tuple(convert(options[0], item) for item in value)
     if options:
         return None if value is None else convert(options[0], value)
     if kind is bool:
@@ -87,6 +91,13 @@ def parse_field(config_class: type, name: str, value: object) -> object:
         raise UserError(f"{flag(name)} is {value!r}; it must be {expected}") from None
 
 
+def check(config: object, rules: Iterable[tuple[str, object, str]]) -> None:
+    """rules: a field's name, whether its value is valid, what it must be. Raises: UserError."""
+    for name, valid, expected in rules:
+        if not valid:
+            raise UserError(f"{flag(name)} is {getattr(config, name)}; it must be {expected}")
+
+
 def load_preset(config_class: type, presets: dict, name: str) -> object:
     """A preset, or a config.json that a run saved. Raises: UserError."""
     if name in presets:
@@ -105,7 +116,7 @@ def make_parser(config_class: type, presets: dict) -> Parser:
     names, hints = ", ".join(presets), typing.get_type_hints(config_class)
     parser = Parser(
         prog=program(),
-        usage=f"{program()} --config NAME [--FIELD VALUE ...]",
+        usage=f"{program()} {'--config NAME ' * (len(presets) > 1)}[--FIELD VALUE ...]",
         description=f"A preset, and flags. The defaults shown are those of {next(iter(presets))}.",
         allow_abbrev=False,
     )
@@ -118,7 +129,9 @@ def make_parser(config_class: type, presets: dict) -> Parser:
         if kind is bool:  # --x, --x on, --x off
             options |= {"metavar": "on|off", "nargs": "?", "const": "on"}
             default = "on" if default else "off"
-        text += f" (default: {default})" if default not in (None, "") else ""
+        if typing.get_origin(kind) is tuple:  # --x ONE TWO
+            options |= {"metavar": name.upper(), "nargs": "+"}
+        text += f" (default: {default})" if default not in (None, "", ()) else ""
         parser.add_argument(flag(name), help=text.replace("%", "%%"), **options)
     return parser
 
@@ -126,7 +139,10 @@ def make_parser(config_class: type, presets: dict) -> Parser:
 def parse(
     config_class: type, presets: dict, argv: list[str] | None = None, parser: Parser | None = None
 ) -> tuple[str, object]:
-    """The preset's name ("run" for a config.json) and the settings. Raises: UserError."""
+    """The preset's name ("run" for a config.json) and the settings. Raises: UserError.
+
+    Of a single preset, `--config` is not asked.
+    """
     parser = parser or make_parser(config_class, presets)
     words = sys.argv[1:] if argv is None else argv
     words = [f"--{word[5:]}=off" if word.startswith("--no-") else word for word in words]
@@ -141,6 +157,8 @@ def parse(
     if folder := changes.get("resume"):
         folder = changes["resume"] = os.path.expanduser(folder)
     saved = str(Path(folder) / "config.json") if folder else ""
+    if not args.config and not folder and len(presets) == 1:
+        args.config = next(iter(presets))
     if not args.config and not folder:
         raise UserError(f"--config is missing; try --config demo, or {', '.join(presets)}")
     if folder and (mistake := why_no_run(Path(folder))):
@@ -168,9 +186,6 @@ def why_no_run(folder: Path) -> str:
         return "a model, not a run" + near_runs(folder) if is_model else ""
     if os.path.isfile(copy):
         return f"its config.json is missing; to restore it: {shlex.join(['cp', *map(str, names)])}"
-    if os.path.isfile(folder / "state.safetensors"):
-        pretrain = f"python -m lab.pretrain ... --out {folder} --resume"
-        return f"it has no config.json; if it is a run of lab.pretrain: {pretrain}"
     return "no run there (it has no config.json)" + near_runs(folder)
 
 

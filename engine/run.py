@@ -51,22 +51,17 @@ from engine.hub import ROOT, local_folder
 from engine.model_folder import MAX_LENGTH, LoadedModel, model_card, save_model
 from engine.tokens import TokenizedSentences
 
-SAVED = "name command settings checksums step best best_step scores earlier_seconds".split()
-CHECKED = {  # metrics that must be finite
-    "contrastive": "the contrastive loss",
-    "difference": "the discriminator's loss",
-    "grad_norm": "the gradient",
-}
-
 
 def with_absolute_paths(cfg):
     """The settings with local paths made absolute, so that a run can be resumed from any folder.
 
     Names on the Hub, and files of this repository such as assets/small-bert, keep their names.
     """
-    changes = {"data": os.path.abspath(os.path.expanduser(cfg.data)) if cfg.data else ""}
-    for name in LOCATIONS:
-        path = Path(os.path.expanduser(value := getattr(cfg, name)))
+    values, changes = asdict(cfg), {}
+    if values.get("data"):
+        changes["data"] = os.path.abspath(os.path.expanduser(values["data"]))
+    for name in (name for name in LOCATIONS if name in values):
+        path = Path(os.path.expanduser(value := values[name]))
         is_folder = name in ("model", "generator")  # and --score dev is no file, even beside one
         exists = path.is_dir() if is_folder else path.suffix != "" and path.is_file()
         if exists and path.resolve() != (ROOT / value).resolve():
@@ -101,21 +96,30 @@ class Run:
     """`with Run(cfg, name, device, amp) as run:`. The training loop calls it; it never drives.
 
     Attributes: folder; step, the number of steps taken; best, best_step; pending, the metrics of
-    the steps since the last line of the log.
+    the steps since the last line of the log. lab/pretrain.py subclasses this.
     """
+
+    SAVED = "name command settings checksums step best best_step scores earlier_seconds".split()
+    CHECKED = {  # metrics that must be finite
+        "contrastive": "the contrastive loss",
+        "difference": "the discriminator's loss",
+        "grad_norm": "the gradient",
+    }
+    UNIT = "sentences"  # of cfg.batch_size
 
     def __init__(self, cfg, name: str, device: torch.device, amp: torch.dtype | None):
         self.cfg, self.device, self.name = cfg, device, name
         self.precision = str(amp).removeprefix("torch.") if amp else "fp32"
         self.command = shlex.join(["python", *sys.orig_argv[1:]])
-        settings = asdict(replace(with_absolute_paths(cfg), out_dir="", resume=""))
+        settings = asdict(with_absolute_paths(cfg))
+        settings |= dict.fromkeys({"out", "out_dir", "resume"} & settings.keys(), "")
         self.settings = json.dumps(settings, indent=2) + "\n"
         self.folder: Path | None = None
         self.step, self.best, self.best_step = 0, -math.inf, 0
         self.scores: dict[str, dict[str, float]] = {}  # before training
         self.pending: list[Metrics] = []
         self.earlier_seconds = 0.0
-        self.started = self.saved = self.logged = time.monotonic()
+        self.began = self.saved = self.logged = time.monotonic()
         self.stack = contextlib.ExitStack()
         self.bar = tqdm(disable=True)
 
@@ -133,18 +137,10 @@ class Run:
     def resume_command(self) -> str:
         return f"{program()} --resume {shlex.quote(str(self.folder))}"
 
-    def begin(
-        self, model, optimizer, scaler, sentences: TokenizedSentences, score, total: int
-    ) -> None:
-        """Create the folder, or continue from its state. Raises: UserError."""
-        cfg, main = self.cfg, distributed.is_main()
-        self.model, self.optimizer, self.scaler, self.total = model, optimizer, scaler, total
-        count, folder = len(sentences), None
-        if count < 2:
-            raise UserError(f"{cfg.train_file} has {count} sentences; at least 2 are needed")
-        if min(count, cfg.batch_size) < (processes := distributed.world_size()):
-            raise UserError(f"{processes} processes need as many sentences per step (--batch-size)")
-        if main:
+    def take_folder(self) -> None:
+        """Create the folder, or lock that of --resume. Raises: UserError."""
+        cfg, folder = self.cfg, None
+        if distributed.is_main():
             folder = locked(Path(cfg.resume)) if cfg.resume else new_folder(cfg.out_dir, self.name)
             folder = self.stack.enter_context(folder)
         self.folder = distributed.broadcast(folder)
@@ -152,14 +148,38 @@ class Run:
             finished = f"{self.folder} is a finished run: it has a results.json"
             raise UserError(finished + near_runs(self.folder))
         self.stop = self.stack.enter_context(Stop())
+
+    def begin(
+        self, model, optimizer, scaler, sentences: TokenizedSentences, score, total: int
+    ) -> None:
+        """Create the folder, or continue from its state. Raises: UserError."""
+        cfg, count = self.cfg, len(sentences)
+        if count < 2:
+            raise UserError(f"{cfg.train_file} has {count} sentences; at least 2 are needed")
+        if min(count, cfg.batch_size) < (processes := distributed.world_size()):
+            raise UserError(f"{processes} processes need as many sentences per step (--batch-size)")
+        if count < cfg.batch_size and distributed.is_main():
+            note = f"{count} sentences, fewer than --batch-size {cfg.batch_size}; a step uses all"
+            print(f"note: {cfg.train_file} has {note}", file=sys.stderr)
+        about = f"{count:,} sentences, {total:,} steps of {cfg.batch_size}"
+        self.start(model, optimizer, scaler, checksums(model, sentences, score), total, about)
+
+    def start(
+        self, model, optimizer, scaler, inputs: dict[str, int], total: int | None, about: str
+    ) -> None:
+        """begin() for any model. inputs: checksums by setting; total: steps, None if not known."""
+        cfg, main = self.cfg, distributed.is_main()
+        self.model, self.optimizer, self.scaler, self.total = model, optimizer, scaler, total
+        if not self.folder:
+            self.take_folder()
         tensors, state = load_state(self.folder)
         if tensors and "checksums" not in state:
             raise UserError(f"{self.folder} is a run of an earlier version; start a new one")
         if cfg.resume:
             self.settings = (self.folder / "config.json").read_text(encoding="utf-8")
-        self.checksums = checksums(model, sentences, score)
+        self.checksums = inputs
         self.check_unchanged(state)
-        vars(self).update({name: state[name] for name in SAVED if name in state})
+        vars(self).update({name: state[name] for name in self.SAVED if name in state})
         if tensors:
             self.pending = load_state_dict(tensors, model, optimizer)
             if scaler.is_enabled() and state["scaler"]:
@@ -167,9 +187,6 @@ class Run:
         self.first_step = self.step
         if not main:
             return
-        if count < cfg.batch_size:
-            note = f"{count} sentences, fewer than --batch-size {cfg.batch_size}; a step uses all"
-            print(f"note: {cfg.train_file} has {note}", file=sys.stderr)
         if restored := restore_files(self.folder, tensors):
             print(f"note: restored from {STATE}: {', '.join(restored)}", file=sys.stderr)
         if not cfg.resume:
@@ -182,13 +199,16 @@ class Run:
         self.log_file = self.stack.enter_context(log)
         if not cfg.resume:
             self.stack.callback(self.discard)
+        processes = distributed.world_size()
         print(
-            f"{self.name}: {count:,} sentences, {total:,} steps of {cfg.batch_size}, "
-            f"{self.device.type}{f' x {processes}' * (processes > 1)}, {self.precision}, seed "
-            f"{cfg.seed}, in {self.folder}" + f", from step {self.step}" * (self.step > 0)
+            f"{self.name}: {about}, {self.device.type}{f' x {processes}' * (processes > 1)}, "
+            f"{self.precision}, seed {cfg.seed}, in {self.folder}"
+            + f", from step {self.step}"
+            * (self.step > 0)
         )
-        sizes = {"total": total * cfg.batch_size, "initial": self.step * cfg.batch_size}
-        self.bar = tqdm(**sizes, unit=" sentences", unit_scale=True, disable=None)
+        sizes = {"initial": self.step * cfg.batch_size, "unit": f" {self.UNIT}"}
+        sizes["total"] = self.total and self.total * cfg.batch_size
+        self.bar = tqdm(**sizes, unit_scale=True, disable=None)
         self.stack.callback(self.bar.close)
 
     def check_unchanged(self, state: dict) -> None:
@@ -241,7 +261,7 @@ class Run:
                 self.folder.rmdir()
 
     def seconds(self) -> float:
-        return round(self.earlier_seconds + time.monotonic() - self.started, 1)
+        return round(self.earlier_seconds + time.monotonic() - self.began, 1)
 
     def add(self, metrics: Metrics) -> None:
         """The metrics of one step."""
@@ -271,7 +291,7 @@ class Run:
                 raise UserError(f"fp16 overflowed at all steps up to {self.step}: {advice}")
             return
         for i, metrics in enumerate(self.pending, self.step - len(self.pending) + 1):
-            for name, label in CHECKED.items():
+            for name, label in self.CHECKED.items():
                 if name in metrics and not math.isfinite(metrics[name][0]):
                     raise UserError(f"{label} is NaN or infinite at step {i}: {advice}")
 
@@ -301,7 +321,7 @@ class Run:
             row[name] = round(mean, 6) if math.isfinite(mean) else None  # JSON has no NaN
         taken, now = min(len(self.pending), self.step - self.first_step), time.monotonic()
         speed = taken * self.cfg.batch_size / max(now - self.logged, 1e-6)
-        self.log(step=self.step, lr=lr, sentences_per_second=round(speed, 1), **row)
+        self.log(step=self.step, lr=lr, **{f"{self.UNIT}_per_second": round(speed, 1)}, **row)
         self.bar.set_postfix_str(f"loss {row['loss'] or math.nan:.4f}", refresh=False)
         self.pending, self.logged = [], now
 
@@ -349,7 +369,7 @@ class Run:
         if distributed.is_main():
             self.check_finite()
             self.check_folder()
-            state = {name: getattr(self, name) for name in SAVED}
+            state = {name: getattr(self, name) for name in self.SAVED}
             state |= {"earlier_seconds": self.seconds(), "scaler": self.scaler.state_dict()}
             tensors = state_dict(self.model, self.optimizer, self.pending)
             save_state(self.folder, tensors | file_tensors(self.folder), state)
@@ -380,25 +400,16 @@ class Run:
         rows = {"before, first-last average": first_last, "before": before, "after": after}
         write_atomically(self.folder / "best" / "README.md", self.card(rows))
         results = {
-            "config": self.name,
-            "folder": str(self.folder),
-            "seed": self.cfg.seed,
             "before": before,
             "before_first_last": first_last,
             "after": after,
             "dev_before": self.scores["dev_before"]["score"],
             "dev_best": self.best,
             "best_step": self.best_step,
-            "steps": self.step,
-            "minutes": round(self.seconds() / 60, 2),
-            "command": self.command,
-            "precision": self.precision,
             "fast": self.cfg.fast,
             "compile": self.cfg.compile,
-            "machine": machine(self.device),
         }
-        write_atomically(self.folder / "results.json", json.dumps(results, indent=2) + "\n")
-        (self.folder / STATE).unlink()
+        results = self.close(results)
         print(table(rows))
         if self.best <= results["dev_before"]:
             print("no step scored above the initial model")
@@ -406,4 +417,21 @@ class Run:
             f"{results['minutes']:.1f} minutes. The model of step {self.best_step} is in "
             f"{self.folder / 'best'}, the numbers in {self.folder / 'results.json'}"
         )
+        return results
+
+    def close(self, results: dict) -> dict:
+        """Write results.json with the run's circumstances, and delete the state."""
+        results = {
+            "config": self.name,
+            "folder": str(self.folder),
+            "seed": self.cfg.seed,
+            **results,
+            "steps": self.step,
+            "minutes": round(self.seconds() / 60, 2),
+            "command": self.command,
+            "precision": self.precision,
+            "machine": machine(self.device),
+        }
+        write_atomically(self.folder / "results.json", json.dumps(results, indent=2) + "\n")
+        (self.folder / STATE).unlink()
         return results

@@ -1,6 +1,6 @@
 """Plots in one style, for files and for HTML pages. Needs matplotlib (pip install matplotlib).
 
-    python -m lab.plots pretraining --out results/pretrain/held_out
+    python -m lab.plots pretraining runs/small-bert-1 --out runs/held_out
     python -m lab.plots steps RUN... --out runs/steps
 
 Both write FILE.png and FILE.svg. The functions plot_* take data and return a figure;
@@ -169,19 +169,19 @@ def plot_ratings(panels: list[Panel]):
 # Command line
 
 
-def pretraining(out: str) -> None:
-    """Held-out loss and accuracy per word against tokens seen, with other models as lines."""
-    log, models = (read_log(RESULTS / "pretrain" / f"{n}.jsonl") for n in ("log", "held_out"))
+def pretraining(out: str, folders: list[Path]) -> None:
+    """Held-out loss and accuracy per word against tokens seen, of runs of lab.pretrain."""
     fig, axes = figure(rows=2)
-    tokens = [row["tokens"] / 1e6 for row in log]
-    labels = ("held-out loss, nats per word", "held-out accuracy, %")
-    for axis, name, label, scale in zip(axes[:, 0], ("loss", "accuracy"), labels, (1, 100)):
-        axis.plot(tokens, [scale * row[name] for row in log], label="assets/small-bert")
-        for model in models:
-            if model["model"] != "assets/small-bert":
-                value = scale * model[name]
-                axis.plot([tokens[0], tokens[-1]], [value, value], label=model["model"])
-        axis.set_ylabel(label)
+    for folder in folders:
+        rows = [row for row in read_log(folder / "log.jsonl") if "held_out_loss" in row]
+        if not rows:
+            raise UserError(f"{folder}: no log.jsonl of lab.pretrain")
+        tokens = [row["tokens"] / 1e6 for row in rows]
+        for axis, name, scale in zip(axes[:, 0], ("loss", "accuracy"), (1, 100)):
+            values = [scale * row[f"held_out_{name}"] for row in rows]
+            axis.plot(tokens, values, label=folder.name)
+    axes[0, 0].set_ylabel("held-out loss, nats per word")
+    axes[1, 0].set_ylabel("held-out accuracy, %")
     axes[0, 0].legend()
     axes[1, 0].set_xlabel("tokens seen, millions")
     save(fig, out)
@@ -202,15 +202,10 @@ def main() -> None:
     parser = Parser("python -m lab.plots", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("plot", choices=("pretraining", "steps"))
-    add("folders", metavar="RUN", nargs="*", type=Path, help="for steps: a run, or of runs seed*")
+    add("folders", metavar="RUN", nargs="+", type=Path, help="a run; for steps, or runs seed*")
     add("--out", required=True, metavar="FILE", help="without suffix: .png and .svg are written")
     args = parser.parse_intermixed_args()
-    if bool(args.folders) != (args.plot == "steps"):
-        parser.error("steps needs RUN, pretraining takes none")
-    if args.plot == "steps":
-        steps(args.out, args.folders)
-    else:
-        pretraining(args.out)
+    {"pretraining": pretraining, "steps": steps}[args.plot](args.out, args.folders)
 
 
 if __name__ == "__main__":

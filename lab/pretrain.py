@@ -1,27 +1,31 @@
 """A small BERT from raw text: vocabulary, masked language model, a folder for transformers.
 
-    python -m lab.pretrain --text wiki.txt.xz --minutes 140 --out runs/my-bert
-    python -m lab.pretrain --text wiki.txt.xz --score runs/my-bert assets/small-bert
-    python -m lab.pretrain --text wiki.txt.xz --start assets/small-bert --layers 2 --hidden 64 \
-        --minutes 5 --out runs/weak                  # a small generator with the same vocabulary
+    python -m lab.pretrain --text wiki.txt.xz --minutes 160 --out runs/my-bert
+    python -m lab.pretrain --resume runs/my-bert
+    python -m lab.pretrain --text wiki.txt.xz --minutes 5 --model assets/small-bert --layers 1 \
+        --hidden 64 --out runs/weak                  # a small generator with the same vocabulary
 
-Prints and logs the loss on held-out paragraphs; --out gets log.jsonl, best/ with the model, and the
-state for --resume. The learning rate follows the clock, and the training of a vocabulary breaks
-ties at random, so two runs of a command differ. Trials: results/pretrain/trials.jsonl.
-Not here: next-sentence loss, several GPUs, gradient accumulation, languages without spaces.
+Prints and logs the loss on held-out paragraphs; the model is in best/. The learning rate is
+constant until seven tenths of the minutes are over, and only then the number of steps is fixed. So
+two runs on one machine are the same until there; with `--steps N` they are the same to the end.
+Not here: BERT's next-sentence loss, several GPUs, languages without spaces.
 
 Shapes: B rows, T tokens including padding, D hidden size, W words of the vocabulary.
 """
 
-import argparse
 import contextlib
 import itertools
-import json
 import math
+import os
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tokenizers
@@ -31,101 +35,157 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bert import BertConfig, BertForMaskedLM, load_bert, read_config, save_bert
-from data import Batch, Tokenizer, corrupt, read_lines
-from diffcse import derive_seed
-from engine import checkpoint, errors
-from engine.cli import Parser, positive_int
+from bert import BertConfig, BertForMaskedLM, save_bert
+from data import Batch, Tokenizer, corrupt
+from diffcse import derive_seed, train_step
+from engine import cli, fast
+from engine.checkpoint import Metrics
 from engine.device import pick_device
-from engine.errors import UserError, atomic_folder, restore_folder, run_main, write_atomically
+from engine.errors import UserError, atomic_folder, run_main
 from engine.hub import find_model
-from engine.run import Stop
+from engine.run import Run
 from engine.tokens import TokenizedSentences
+from lab.held_out import hold_out, read_documents, score_held_out
 from lab.running_text import split_sentences
 
-HELD_OUT = 1000  # paragraphs, in whole documents, that are only scored
+CHARACTERS = 200  # in the vocabulary; others are [UNK]
 MAX_LENGTH = 64  # tokens of a row, including [CLS] and [SEP]; 98 % of sentences are shorter
-BATCH_TOKENS = 4096  # tokens of a step, without padding
-LR, WARM_UP = 1.5e-3, 0.06  # peak learning rate; the share of the time in which it rises
+SINGLE, SINGLE_LENGTH = 0.1, 32  # the last steps' share and length: rows as in later training
+WARM_UP = 400  # steps in which the rate rises
 MASK_RATIO = 0.20
-CLS_START = 0.7  # share of the time after which the loss of [CLS] has its large weight
-CLS_WEIGHT = (0.1, 4.0)  # of that loss, before and after; the second falls to 0
+LAST = 0.3  # share of the steps in which the rate and the larger weight of [CLS] fall to 0
+CLS_WEIGHT = (0.1, 4.0)  # of the losses of [CLS], before and in the last steps
+NEXT_WEIGHT = 0.5  # of the next row's words, beside the row's own
 RARE = 3e-4  # a word of this frequency counts half as much in that loss as a very rare word
 WINDOW = 5  # words on each side that count as co-occurring
-SETTINGS = ("text", "start", "vocab", "layers", "hidden", "seed")  # of a run; --resume keeps them
+
+
+@dataclass
+class PretrainConfig:
+    """Settings of a run. Each field is a command-line flag, and its comment is the flag's help."""
+
+    text: tuple[str, ...] = ()  # UTF-8 text, also .gz, .xz; an empty line ends a document
+    minutes: float = 160.0  # of the run, with reading and counting
+    steps: int | None = None  # exact number of steps, in place of minutes
+    out: str = ""  # folder of the run (default: runs/small-bert-1, ...)
+    resume: str = ""  # folder of an interrupted run
+    vocab: int = 8192  # size of the vocabulary
+    model: str = ""  # take the vocabulary of this model
+    layers: int = 4  # of the encoder
+    hidden: int = 192  # size of a state, 64 per head
+    lr: float = 1.5e-3  # learning rate before it falls
+    clip: float = 1.0  # maximum norm of the gradient
+    batch_size: int = 4096  # tokens of a step, without padding
+    seed: int = 0  # of weights, rows, batches and masks
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: if it is fast
+    eval_every: int = 1000  # steps between evaluations on the held-out paragraphs
+    log_every: int = 1000  # steps between lines of log.jsonl
+    save_minutes: float = 5.0  # minutes between checkpoints
+
+    def __post_init__(self) -> None:
+        self.text = tuple(os.path.abspath(os.path.expanduser(path)) for path in self.text)
+        at_least_1 = ("layers", "batch_size", "eval_every", "log_every")
+        checks = [
+            ("steps", self.steps is None or self.steps >= 1, "at least 1"),
+            ("vocab", self.vocab >= 100, "at least 100"),
+            ("hidden", self.hidden >= 64 and self.hidden % 64 == 0, "a multiple of 64"),
+            ("hidden", self.model or self.hidden <= self.vocab, "at most --vocab"),
+            ("seed", 0 <= self.seed < 2**63, "at least 0 and below 2^63"),
+            *((name, getattr(self, name) >= 1, "at least 1") for name in at_least_1),
+        ]
+        for name in ("minutes", "lr", "clip"):
+            checks.append((name, 0 < getattr(self, name) < math.inf, "positive, finite"))
+        cli.check(self, checks)
+
+    @property
+    def out_dir(self) -> str:
+        return self.out
+
 
 # ------------------------------------------------------------------------------------------------
-# Text -> documents -> vocabulary -> rows of ids
+# Text -> vocabulary -> rows of ids
 
 
-def read_documents(paths: list[str]) -> list[list[str]]:
-    """The paragraphs of each document. In a file without empty lines, every line is a document."""
-    documents = []
-    for path in paths:
-        lines = [line.strip() for line in read_lines(Path(path))]
-        if all(lines):
-            documents += [[line] for line in lines]
-        else:
-            documents += [list(group) for full, group in itertools.groupby(lines, bool) if full]
-    return documents
+def train_vocabulary(documents: list[list[str]], size: int) -> Tokenizer:
+    """A lower-cased WordPiece vocabulary of exactly `size`.
 
-
-def hold_out(documents: list[list[str]], seed: int) -> tuple[list[list[str]], list[str]]:
-    """Documents to train on, and HELD_OUT paragraphs of others, or a tenth of all if that is less.
-
-    Raises: UserError if no document is left to train on.
+    The library numbers single characters in random order, and with them breaks the ties between
+    merges. So they are given here, by frequency, as if they were special tokens.
     """
-    order = np.random.default_rng([seed, 0]).permutation(len(documents)).tolist()
-    count = min(HELD_OUT, math.ceil(sum(map(len, documents)) / 10))
-    held_out = []
-    while order and len(held_out) < count:
-        held_out += documents[order.pop(0)]
-    if not order:
-        raise UserError(f"{len(documents)} documents are too few (an empty line ends a document)")
-    return [documents[i] for i in order], held_out[:count]
-
-
-def train_vocabulary(documents: list[list[str]], size: int, folder: Path) -> Tokenizer:
-    """A lower-cased WordPiece vocabulary of exactly `size`, saved in the folder as vocab.txt."""
-    wordpiece = tokenizers.BertWordPieceTokenizer(lowercase=True)
-    wordpiece.train_from_iterator(
-        itertools.chain.from_iterable(documents),
+    backend = tokenizers.BertWordPieceTokenizer(lowercase=True)._tokenizer
+    paragraphs, raw, counts = list(itertools.chain.from_iterable(documents)), Counter(), Counter()
+    for paragraph in paragraphs:
+        raw.update(paragraph)
+    for character, count in raw.items():
+        for plain in backend.normalizer.normalize_str(character).split():
+            counts.update(dict.fromkeys(plain, count))
+    alphabet = sorted(counts, key=lambda c: (-counts[c], c))[: min(CHARACTERS, size // 4)]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *alphabet]
+    trainer = tokenizers.trainers.WordPieceTrainer(
         vocab_size=size,
         min_frequency=2,
-        limit_alphabet=min(400, size // 4),
-        special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        special_tokens=pieces + [f"##{c}" for c in alphabet],
         show_progress=sys.stderr.isatty(),
     )
-    if (found := wordpiece.get_vocab_size()) != size:
-        raise UserError(f"--vocab is {size}, but only {found} pieces occur twice in the text")
-    folder.mkdir()
-    wordpiece.save_model(str(folder))
-    return Tokenizer(folder)
+    backend.train_from_iterator(paragraphs, trainer)
+    vocabulary = backend.get_vocab(with_added_tokens=False)
+    if len(vocabulary) != size:
+        raise UserError(f"--vocab is {size}, but the text has only {len(vocabulary)} pieces twice")
+    words = sorted(vocabulary, key=vocabulary.get)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+        return Tokenizer(folder)
 
 
-def make_rows(documents: list[list[str]], tokenizer: Tokenizer, seed: int) -> TokenizedSentences:
-    """Rows of ids: [CLS], one or more consecutive sentences of a document, [SEP].
+def pack(documents: list[list[str]], lengths: Iterable[int], seed: int) -> list[list[str]]:
+    """Consecutive sentences of a document joined to rows: long rows teach words by their context.
 
-    A length is drawn for each row, between a quarter of MAX_LENGTH and MAX_LENGTH. The row takes
-    sentences until the next one would exceed it. Long rows teach words by their context, short
-    ones are like the sentences that are encoded later.
+    A length is drawn for each row, between a quarter of MAX_LENGTH and MAX_LENGTH tokens; the row
+    takes sentences until the next one would exceed it. lengths: of all sentences in order.
     """
-    rng = np.random.default_rng([seed, 3])
+    rng, lengths, packed = np.random.default_rng([seed, 3]), iter(lengths), []
+    for sentences in documents:
+        rows, space = [], -1  # -1: the first sentence begins a row
+        for sentence, length in zip(sentences, lengths):
+            if length - 2 > space:  # without [CLS] and [SEP]
+                rows.append([])
+                space = rng.integers(MAX_LENGTH // 4, MAX_LENGTH + 1) - 2
+            rows[-1].append(sentence)
+            space -= length - 2
+        packed.append(list(map(" ".join, rows)))
+    return packed
 
-    def rows() -> Iterator[tuple[str]]:
-        for paragraphs in documents:
-            sentences = list(itertools.chain.from_iterable(map(split_sentences, paragraphs)))
-            texts, space = [], -1  # -1: the first sentence begins a row
-            for sentence, ids in zip(sentences, tokenizer(sentences, MAX_LENGTH)):
-                length = len(ids) - 2  # without [CLS] and [SEP]
-                if length > space:
-                    texts.append([])
-                    space = rng.integers(MAX_LENGTH // 4, MAX_LENGTH + 1) - 2
-                texts[-1].append(sentence)
-                space -= length
-            yield from ((" ".join(text),) for text in texts)
 
-    return TokenizedSentences(rows(), tokenizer, MAX_LENGTH, views=1)
+class Rows(TokenizedSentences):
+    """The rows of documents, each with the number of the next one; the last one's is its own."""
+
+    def __init__(self, documents: list[list[str]], tokenizer: Tokenizer):
+        rows = ((row,) for row in itertools.chain.from_iterable(documents))
+        super().__init__(rows, tokenizer, MAX_LENGTH, views=1)
+        self.following = np.arange(1, len(self) + 1)
+        self.following[np.cumsum(list(map(len, documents))) - 1] -= 1
+
+    def draw(self, longest: int, cfg: PretrainConfig) -> Iterator[np.ndarray]:
+        """The numbers of each step's rows, without end: rows of similar length, at most `longest`,
+        about batch_size tokens.
+
+        Each epoch's random order is cut into pools. A pool is sorted by length and cut into
+        batches, which are taken in random order. So they have little padding, from all the text.
+        """
+        lengths = np.diff(self.starts)
+        for epoch in itertools.count():
+            rng = np.random.default_rng([cfg.seed, 1, epoch])
+            order = rng.permutation(np.flatnonzero(lengths <= longest))
+            for start in range(0, len(order), 16_384):
+                pool = order[start : start + 16_384]
+                pool = pool[np.argsort(lengths[pool], kind="stable")]
+                cuts = np.flatnonzero(np.diff(lengths[pool].cumsum() // cfg.batch_size)) + 1
+                batches = np.split(pool, cuts)
+                for i in rng.permutation(len(batches)):
+                    yield batches[i]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -156,7 +216,7 @@ def positive_pmi(rows: TokenizedSentences, tokenizer: Tokenizer) -> Tensor:
 
 
 def new_model(
-    tokenizer: Tokenizer, rows: TokenizedSentences, layers: int, hidden: int
+    rows: TokenizedSentences, tokenizer: Tokenizer, layers: int, hidden: int
 ) -> BertForMaskedLM:
     """Random weights, but the words' embeddings are the SVD of their PMI (Levy and Goldberg 2014)
     and the output bias is their log frequency: a small budget starts from what counting gives.
@@ -185,26 +245,7 @@ def new_model(
 
 
 # ------------------------------------------------------------------------------------------------
-# Batches and steps
-
-
-def draw_batches(rows: TokenizedSentences, seed: int) -> Iterator[np.ndarray]:
-    """Row numbers of each step, without end: rows of similar length, about BATCH_TOKENS tokens.
-
-    Each epoch's random order is cut into pools. A pool is sorted by length and cut into batches,
-    which are taken in random order. So batches have little padding and come from all of the text.
-    """
-    lengths = np.diff(rows.starts)
-    for epoch in itertools.count():
-        rng = np.random.default_rng([seed, 1, epoch])
-        order = rng.permutation(len(rows))
-        for start in range(0, len(order), 16_384):
-            pool = order[start : start + 16_384]
-            pool = pool[np.argsort(lengths[pool], kind="stable")]
-            cuts = np.flatnonzero(np.diff(lengths[pool].cumsum() // BATCH_TOKENS)) + 1
-            batches = np.split(pool, cuts)
-            for i in rng.permutation(len(batches)):
-                yield batches[i]
+# The model and its losses
 
 
 def continuing_pieces(tokenizer: Tokenizer) -> Tensor:
@@ -238,244 +279,155 @@ def word_weights(rows: TokenizedSentences, tokenizer: Tokenizer) -> Tensor:
     return torch.from_numpy(weights).float()
 
 
-def compute_losses(model: BertForMaskedLM, batch: Batch, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The masked-LM loss, and the loss of predicting the sentence's words from [CLS] alone.
+class Pretraining(nn.Module):
+    """What a step trains: a masked LM whose [CLS] tells the words of its row and of the next one.
 
     Masked words are predicted from their neighbours, so the masked LM does not train [CLS]. Here
-    the same head at position 0 predicts all words of the sentence, as in a paragraph vector (Le
-    and Mikolov 2014, PV-DBOW). Shapes: weights (W,) -> (), ().
+    the same head at position 0 predicts all words of the row, as in a paragraph vector (Le and
+    Mikolov 2014, PV-DBOW), and those of the next row (as in FastSent, Hill et al. 2016).
     """
-    x, selected = batch.x, batch.selected  # (B, T)
-    states = model.bert(batch.x_masked, batch.mask)  # (B, T, D)
-    embeddings = model.bert.embeddings.word.weight  # (W, D)
-    mlm_loss = F.cross_entropy(model.head(states[selected], embeddings).float(), x[selected])
-    log_p = model.head(states[:, 0], embeddings).float().log_softmax(-1)  # (B, W)
-    weight = weights[x]  # (B, T)
-    return mlm_loss, -(weight * log_p.gather(1, x)).sum() / weight.sum().clamp_min(1e-9)
+
+    def __init__(self, cfg: PretrainConfig, mlm: BertForMaskedLM, weights: Tensor):
+        super().__init__()
+        self.cfg, self.mlm, self.cls_weight = cfg, mlm, CLS_WEIGHT[0]
+        self.register_buffer("weights", weights, persistent=False)  # (W,) of words
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """batch: 2 views, of which the second is the next row. Shapes: -> ()."""
+        x, mask, x_masked, selected = (t[::2, : batch.width] for t in batch.tensors())  # (B, T)
+        # In bf16 on a CPU, a step with plain attention takes a quarter less time at these lengths.
+        plain = sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else contextlib.nullcontext()
+        with plain:
+            states = self.mlm.bert(x_masked, mask)  # (B, T, D)
+        embeddings = self.mlm.bert.embeddings.word.weight  # (W, D)
+        logits = self.mlm.head(states[selected], embeddings)  # (masked, W)
+        mlm_loss = F.cross_entropy(logits.float(), x[selected], reduction="sum")
+        mlm_loss = mlm_loss / selected.sum().clamp_min(1)  # a short batch may have none
+        log_p = self.mlm.head(states[:, 0], embeddings).float().log_softmax(-1)  # (B, W)
+        cls_loss = self.words_loss(log_p, x)
+        next_loss = self.words_loss(log_p, batch.x[1::2])
+        loss = mlm_loss + self.cls_weight * (cls_loss + NEXT_WEIGHT * next_loss)
+        losses = {"loss": loss, "mlm": mlm_loss, "cls": cls_loss, "next": next_loss}
+        return loss, {name: (value.detach(), 1) for name, value in losses.items()}
+
+    def words_loss(self, log_p: Tensor, ids: Tensor) -> Tensor:
+        """Shapes: log_p (B, W), ids (B, T) -> ()."""
+        weight = self.weights[ids]  # (B, T)
+        return -(weight * log_p.gather(1, ids)).sum() / weight.sum().clamp_min(1e-9)
 
 
-def schedule(progress: float) -> tuple[float, float]:
-    """The learning rate, and the weight of the [CLS] loss, after this share of the time."""
-    lr = LR * min(progress / WARM_UP, (1 - progress) / (1 - WARM_UP))
-    small, large = CLS_WEIGHT
-    return lr, small if progress < CLS_START else large * (1 - progress) / (1 - CLS_START)
-
-
-def make_optimizer(model: BertForMaskedLM) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
     """AdamW, with weight decay for matrices only."""
     matrices = {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01}
     others = {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}
-    return torch.optim.AdamW([matrices, others], lr=LR, betas=(0.9, 0.98), eps=1e-6, fused=True)
-
-
-def train_step(
-    model: BertForMaskedLM,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    weights: Tensor,
-    progress: float,
-    amp: torch.dtype | None,
-) -> tuple[float, float]:
-    """One update after this share of the time. Returns: both losses."""
-    device, (lr, cls_weight) = model.bert.device, schedule(progress)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    # In bf16 on a CPU, a step with plain attention takes a quarter less time at these lengths.
-    plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
-    with plain, torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-        mlm_loss, cls_loss = compute_losses(model, batch.to(device), weights)
-    optimizer.zero_grad()
-    (mlm_loss + cls_weight * cls_loss).backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    return mlm_loss.item(), cls_loss.item()
-
-
-# ------------------------------------------------------------------------------------------------
-# Held-out score
-
-
-@torch.no_grad()
-def score_held_out(model: BertForMaskedLM, tokenizer: Tokenizer, paragraphs: list[str]) -> dict:
-    """Loss and accuracy per masked word of unseen text, comparable across vocabularies.
-
-    15 % of the words of each stretch of 32 are masked, with all their pieces, the same words for
-    every lower-cased WordPiece vocabulary. Words with other letters than a to z are left out.
-    A word's loss, in nats, is the sum over its pieces; it is correct if every piece is.
-    """
-    stretches = []
-    for words in map(str.split, paragraphs):
-        stretches += [" ".join(words[i : i + 32]) for i in range(0, len(words), 32)]
-    device, embeddings = model.bert.device, model.bert.embeddings.word.weight
-    rng, losses, correct = np.random.default_rng(0), [], []
-    for text, encoding in zip(stretches, tokenizer.backend.encode_batch(stretches)):
-        words = []  # positions of the pieces of each masked word
-        count = len(set(encoding.word_ids) - {None})  # None: [CLS] and [SEP]
-        for i in np.flatnonzero(rng.random(count) < 0.15).tolist():
-            word = text[slice(*encoding.word_to_chars(i))]
-            first, end = encoding.word_to_tokens(i)
-            if word.isascii() and word.isalpha() and end <= model.max_length:
-                words.append(range(first, end))
-        masked = torch.tensor([i for word in words for i in word], dtype=torch.long, device=device)
-        x = torch.tensor([encoding.ids[: model.max_length]], device=device)  # (1, T)
-        x_masked = x.index_fill(1, masked, tokenizer.mask_id)
-        states = model.bert(x_masked, torch.ones_like(x, dtype=torch.bool))[0, masked]
-        logits = model.head(states, embeddings).float()  # (pieces, W)
-        piece_losses = F.cross_entropy(logits, x[0, masked], reduction="none")
-        piece_correct = logits.argmax(-1) == x[0, masked]
-        sizes = list(map(len, words))
-        losses += [word.sum().item() for word in piece_losses.split(sizes)]
-        correct += [word.all().item() for word in piece_correct.split(sizes)]
-    means = {"loss": round(np.mean(losses), 4), "accuracy": round(np.mean(correct), 4)}
-    return means | {"words": len(losses)}
+    return torch.optim.AdamW([matrices, others], lr=lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
 # ------------------------------------------------------------------------------------------------
 # A run
 
 
-def load_run(args: argparse.Namespace, out: Path) -> tuple[dict[str, Tensor], dict]:
-    """The run's tensors and progress, or those of a new run. Raises: UserError if flags differ."""
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    if not args.resume:
-        return {}, {"settings": settings, "step": 0, "tokens": 0, "seconds": 0.0, "log": []}
-    tensors, state = checkpoint.load_state(out)
-    if "pretraining" not in state:
-        raise UserError(f"--resume: {out} has no run of lab.pretrain")
-    progress = state["pretraining"]
-    if progress["settings"] != settings:
-        raise UserError(f"--resume: the run has {progress['settings']}, the flags say {settings}")
-    restore_folder(out / "best")
-    return tensors, progress
+class PretrainRun(Run):
+    """A run whose number of steps, `total`, may be fixed on the way: see `fix_total`."""
+
+    SAVED = [*Run.SAVED, "tokens", "total"]
+    CHECKED = {"mlm": "the masked-LM loss", "loss": "the loss", "grad_norm": "the gradient"}
+    UNIT = "tokens"
+    tokens = 0  # seen so far
+
+    def fix_total(self) -> None:
+        """When the last part of the minutes begins, so does the last part of the steps."""
+        if self.total is None and self.seconds() >= (1 - LAST) * 60 * self.cfg.minutes:
+            self.total = round(self.step / (1 - LAST))
+            self.bar.write(f"{self.total:,} steps; for the same model again: --steps {self.total}")
+
+    def schedule(self) -> tuple[float, float]:
+        """The learning rate, which rises, stays, and falls to 0; and the weight of [CLS]."""
+        falling = min((1 - self.step / self.total) / LAST, 1.0) if self.total else 1.0
+        small, large = CLS_WEIGHT
+        lr = self.cfg.lr * min((self.step + 1) / WARM_UP, falling)
+        return lr, small if falling == 1 else large * falling
+
+    def batches(self, single: Rows, packed: Rows, tokenizer: Tokenizer) -> Iterator[Batch]:
+        """The batch of each step from `step` on, a function of (seed, step)."""
+        cfg, continues = self.cfg, continuing_pieces(tokenizer)
+        rows, numbers = packed, itertools.islice(packed.draw(MAX_LENGTH, cfg), self.step, None)
+        while True:
+            first = math.ceil((1 - SINGLE) * self.total) if self.total else math.inf
+            if rows is packed and self.step >= first:
+                drawn = single.draw(SINGLE_LENGTH, cfg)
+                rows, numbers = single, itertools.islice(drawn, self.step - first, None)
+            batch = next(numbers)
+            both = np.stack([batch, rows.following[batch]], 1).reshape(-1)  # (2B,)
+            x, mask = rows.rows(both)
+            rng = torch.Generator().manual_seed(derive_seed(cfg.seed, 2, self.step))
+            masked = mask_words(x, tokenizer, continues, rng)
+            yield Batch(x, mask, *masked, views=2, width=int(mask[::2].sum(1).max()))
+
+    def score(self, mlm: BertForMaskedLM, tokenizer: Tokenizer, held_out: list[str]) -> None:
+        """Log the held-out score, and save the model in best/."""
+        row = {f"held_out_{k}": v for k, v in score_held_out(mlm, tokenizer, held_out).items()}
+        self.log(step=self.step, tokens=self.tokens, **row)
+        numbers = ", ".join(f"{name} {value:,}" for name, value in row.items())
+        minutes = self.seconds() / 60
+        self.bar.write(f"step {self.step:>6}  {self.tokens:,} tokens, {minutes:.1f} min, {numbers}")
+        with atomic_folder(self.folder / "best") as best:
+            save_bert(mlm, best, torch.float16)
+            tokenizer.save(best, mlm.max_length)
+        self.best_step, self.scores, self.logged = self.step, row, time.monotonic()
 
 
-def prepare(
-    args: argparse.Namespace, out: Path
-) -> tuple[Tokenizer, TokenizedSentences, list[str], BertForMaskedLM]:
-    """Tokenizer, rows, held-out paragraphs, model. A new vocabulary is saved in best/."""
-    documents, held_out = hold_out(read_documents(args.text), args.seed)
-    if args.resume or args.start:
-        folder = out / "best" if args.resume else find_model(args.start)
-        model, tokenizer = load_bert(folder, mlm=True), Tokenizer(folder)
-        size = model.cfg.num_hidden_layers, model.cfg.hidden_size
-    else:
-        tokenizer, size = train_vocabulary(documents, args.vocab, out / "best"), None
-    rows = make_rows(documents, tokenizer, args.seed)
-    torch.manual_seed(args.seed)
-    if size != (args.layers, args.hidden):
-        model = new_model(tokenizer, rows, args.layers, args.hidden)
-    return tokenizer, rows, held_out, model
-
-
-def train(args: argparse.Namespace, out: Path) -> None:
-    """Train until the time is over. Raises: UserError if the loss diverges."""
-    tensors, progress = load_run(args, out)
-    device, amp = pick_device(args.device, "auto")
-    amp = None if amp == torch.float16 else amp  # fp16 needs a gradient scaler
-    tokenizer, rows, held_out, model = prepare(args, out)
-    if progress.setdefault("checksum", rows.checksum) != rows.checksum:
-        raise UserError(f"--resume: --text, or the vocabulary in {out / 'best'}, has changed")
-    optimizer = make_optimizer(model.to(device))
-    if args.resume:
-        checkpoint.load_state_dict(tensors, model, optimizer)
-    weights, continues = word_weights(rows, tokenizer).to(device), continuing_pieces(tokenizer)
-    batches = itertools.islice(draw_batches(rows, args.seed), progress["step"], None)
-    budget = args.minutes * 60
-    print(f"{len(rows):,} rows of {len(rows.ids):,} tokens, on {device.type}", flush=True)
-
-    def log_and_save(**losses: float) -> None:  # at the start, and 20 times
-        row = {name: progress[name] for name in ("step", "tokens")}
-        row["minutes"] = round(progress["seconds"] / 60, 2)
-        row |= score_held_out(model, tokenizer, held_out) | losses
-        progress["log"].append(row)
-        print(", ".join(f"{name} {value:,}" for name, value in row.items()), flush=True)
-        with atomic_folder(out / "best") as best:
-            save_bert(model, best, torch.float16)
-            tokenizer.save(best, model.max_length)
-        lines = [json.dumps(row) + "\n" for row in progress["log"]]
-        write_atomically(out / "log.jsonl", "".join(lines))
-        state = checkpoint.state_dict(model, optimizer, [])
-        checkpoint.save_state(out, state, {"pretraining": progress})
-
-    with Stop() as stop:
-        if not args.resume:
-            log_and_save()
-        while progress["seconds"] < budget and not stop.signal:
-            started, share = time.monotonic(), progress["seconds"] / budget
-            x, mask = rows.rows(next(batches))
-            rng = torch.Generator().manual_seed(derive_seed(args.seed, 2, progress["step"]))
-            batch = Batch(x, mask, *mask_words(x, tokenizer, continues, rng), views=1)
-            mlm, cls = train_step(model, optimizer, batch, weights, share, amp)
-            progress["step"] += 1
-            progress["tokens"] += int(mask.sum())
-            progress["seconds"] += time.monotonic() - started
-            if not math.isfinite(mlm + cls):
-                raise UserError(f"the loss is NaN or infinite at step {progress['step']}")
-            if stop.signal or int(progress["seconds"] / budget * 20) > int(share * 20):
-                log_and_save(mlm=round(mlm, 4), cls=round(cls, 4))
-    if stop.signal:
-        print("stopped; to continue, add --resume", file=sys.stderr)
-        sys.exit(128 + stop.signal)
-
-
-# ------------------------------------------------------------------------------------------------
-# Command line
-
-
-def score_models(args: argparse.Namespace) -> None:
-    """A JSON line for each model."""
-    held_out = hold_out(read_documents(args.text), args.seed)[1]
-    for name in args.score:
-        folder = find_model(name)
-        model = load_bert(folder, mlm=True).to(pick_device(args.device, "off")[0])
-        row = score_held_out(model, Tokenizer(folder), held_out)
-        print(json.dumps({"model": name, **row}), flush=True)
-
-
-def parse_args() -> argparse.Namespace:
-    """Raises: UserError for flags that do not fit."""
-    parser = Parser("python -m lab.pretrain", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text, also .gz and .xz")
-    add("--minutes", type=float, help="of training; reading and counting take some more")
-    add("--out", metavar="DIR", help="folder for the model, log.jsonl and the run's state")
-    add("--score", nargs="+", metavar="MODEL", help="score these models on held-out paragraphs")
-    either = parser.add_mutually_exclusive_group().add_argument
-    either("--start", default="", metavar="MODEL", help="vocabulary, weights if of equal size")
-    either("--vocab", type=positive_int, help="size of a new vocabulary (default: 8192)")
-    add("--layers", type=positive_int, help="(default: 4, or those of --start)")
-    add("--hidden", type=positive_int, help="64 per head (default: 192, or that of --start)")
-    add("--seed", type=int, default=0, help="(default: 0)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
-    add("--resume", action="store_true", help="continue the run in --out")
-    args = parser.parse_args()
-    if args.score:
-        return args
-    if args.minutes is None or not args.out:
-        raise UserError("--minutes and --out are needed (or --score)")
-    default = BertConfig(vocab_size=8192, num_hidden_layers=4, hidden_size=192)
-    cfg = read_config(find_model(args.start)) if args.start else default
-    args.vocab = args.vocab or cfg.vocab_size
-    args.layers = args.layers or cfg.num_hidden_layers
-    args.hidden = args.hidden or cfg.hidden_size
-    for name, valid, expected in [
-        ("minutes", 0 < args.minutes < math.inf, "above 0"),
-        ("hidden", args.hidden % 64 == 0, "a multiple of 64"),
-        ("hidden", args.hidden <= args.vocab, "at most --vocab"),
-        ("seed", 0 <= args.seed < 2**63, "at least 0"),
-    ]:
-        if not valid:
-            raise UserError(f"--{name} is {getattr(args, name):g}; it must be {expected}")
-    return args
+def train(cfg: PretrainConfig, name: str) -> None:
+    """A whole run, or the rest of one."""
+    device, amp = pick_device(cfg.device, cfg.amp)
+    with PretrainRun(cfg, name, device, amp) as run:
+        run.take_folder()
+        documents, held_out = hold_out(read_documents(cfg.text))
+        if cfg.model:
+            tokenizer = Tokenizer(find_model(cfg.model))
+        else:
+            tokenizer = train_vocabulary(documents, cfg.vocab)
+        sentences = [[s for p in document for s in split_sentences(p)] for document in documents]
+        single = Rows(sentences, tokenizer)
+        packed = Rows(pack(sentences, np.diff(single.starts), cfg.seed), tokenizer)
+        torch.manual_seed(cfg.seed)
+        mlm = new_model(packed, tokenizer, cfg.layers, cfg.hidden).to(device)
+        model = Pretraining(cfg, mlm, word_weights(packed, tokenizer)).to(device)
+        optimizer = make_optimizer(model, cfg.lr)
+        scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+        step_fn = fast.accelerate(partial(train_step, model, optimizer, scaler, amp), model)
+        about = f"{len(packed.ids):,} tokens in {len(packed):,} rows"
+        run.start(model, optimizer, scaler, {"text": packed.checksum}, cfg.steps, about)
+        if run.step == 0:
+            run.score(mlm, tokenizer, held_out)
+        batches = run.batches(single, packed, tokenizer)
+        while run.step != run.total:
+            batch = next(batches)
+            lr, model.cls_weight = run.schedule()
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            run.tokens += int(batch.mask[::2].sum())
+            run.add(step_fn(batch.to(device)))
+            run.fix_total()
+            if run.log_due():
+                run.log_metrics(lr)
+            if run.eval_due():
+                run.score(mlm, tokenizer, held_out)
+            stop = run.stop_requested()  # Ctrl-C or SIGTERM
+            if run.save_due() or stop:
+                run.save()
+            if stop:
+                run.exit()
+        run.bar.close()
+        results = run.close({"tokens": run.tokens} | run.scores)
+        print(f"{results['minutes']:.1f} minutes. The model is in {run.folder / 'best'}")
 
 
 def main() -> None:
-    args = parse_args()
-    if args.score:
-        return score_models(args)
-    out = errors.expand_home(args.out)
-    with checkpoint.locked(out) if args.resume else checkpoint.new_folder(str(out), ""):
-        train(args, out)
+    name, cfg = cli.parse(PretrainConfig, {"small-bert": PretrainConfig()})
+    if not cfg.text:
+        raise UserError("--text is missing: one or more files")
+    train(cfg, name)
 
 
 if __name__ == "__main__":

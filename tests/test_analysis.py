@@ -194,26 +194,27 @@ def test_the_command_steps_draws_means_and_deviations(tmp_path, command, drawn):
     for words, message in [
         (["steps", tmp_path / "no"], "no log.jsonl with scores"),
         (["steps", tmp_path], "no log.jsonl with scores"),
-        (["steps"], "steps needs RUN"),
-        (["pretraining", tmp_path], "pretraining takes none"),
+        (["steps"], "RUN"),
+        (["pretraining", tmp_path / "no"], "no log.jsonl of lab.pretrain"),
     ]:
         done = command(plots.main, *words, "--out", "x")
         assert done.code == 2 and message in done.err and done.err.count("\n") == 1
 
 
-def test_the_command_pretraining_draws_the_log(tmp_path, command, monkeypatch, drawn):
-    log = [{"tokens": 1e6 * (i + 1), "loss": 5 - i, "accuracy": 0.1 * i} for i in range(3)]
-    held_out = [{"model": "assets/small-bert", "loss": 1, "accuracy": 1}]
-    held_out += [{"model": "another", "loss": 4.25, "accuracy": 0.3}]
-    for name, rows in {"log": log, "held_out": held_out}.items():
-        write_log(tmp_path / "pretrain" / f"{name}.jsonl", rows)
-    monkeypatch.setattr(plots, "RESULTS", tmp_path)
-    assert command(plots.main, "pretraining", "--out", tmp_path / "x").code == 0
+def test_the_command_pretraining_draws_the_logs(tmp_path, command, drawn):
+    for name, start in {"old": 5, "new": 4}.items():
+        rows = [{"step": 1, "loss": 7.0}]
+        for i in range(3):
+            scores = {"held_out_loss": start - i, "held_out_accuracy": 0.1 * i}
+            rows.append({"tokens": 1e6 * (i + 1), **scores})
+        write_log(tmp_path / name / "log.jsonl", rows)
+    words = ["pretraining", tmp_path / "old", tmp_path / "new", "--out", tmp_path / "x"]
+    assert command(plots.main, *words).code == 0
     loss, accuracy = (axis.lines for axis in drawn[0].axes)
-    assert [list(line.get_ydata()) for line in loss] == [[5, 4, 3], [4.25, 4.25]]
-    assert accuracy[0].get_ydata() == pytest.approx([0, 10, 20])
-    assert accuracy[1].get_ydata() == pytest.approx([30, 30])
-    assert [list(line.get_xdata()) for line in accuracy] == [[1, 2, 3], [1, 3]]
+    assert [list(line.get_ydata()) for line in loss] == [[5, 4, 3], [4, 3, 2]]
+    assert accuracy[1].get_ydata() == pytest.approx([0, 10, 20])
+    assert [list(line.get_xdata()) for line in accuracy] == [[1, 2, 3]] * 2
+    assert [line.get_label() for line in loss] == ["old", "new"]
 
 
 def test_ridges_are_the_densities_of_the_groups():

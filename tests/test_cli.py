@@ -35,6 +35,7 @@ class Settings:
 class MoreSettings(Settings):
     fast: bool = True  # quickly
     kind: Literal["a", "b", "c"] = "b"  # which of three
+    files: tuple[str, ...] = ()  # some
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Bare(Settings):
 
 def test_fields_comments_are_the_help_of_base_classes_first():
     expected = {"size": "how large; 50 % is half", "kind": "which of three", "fast": "quickly"}
+    expected |= {"files": "some"}
     assert cli.field_comments(MoreSettings) == expected
     with pytest.raises(TypeError, match="^Bare: no comment for other$"):
         cli.field_comments(Bare)
@@ -54,9 +56,23 @@ def test_fields_comments_are_the_help_of_base_classes_first():
     assert "--size SIZE how large; 50 % is half (default: 3)" in shown
     assert "--kind a|b|c which of three (default: b)" in shown
     assert "--fast [on|off] quickly (default: on)" in shown
+    assert shown.endswith("--files FILES [FILES ...] some ") and "--config NAME [" not in shown
     preset = {"one": Settings(size=4)}  # a preset of the base class is a preset of the other
     parsed = cli.parse(MoreSettings, preset, ["--config", "one", "--kind", "c"])
     assert parsed == ("one", MoreSettings(4, "c", True))
+    # With one preset, --config is not needed
+    parsed = cli.parse(MoreSettings, preset, ["--files", "a b", "c", "--no-fast"])
+    assert parsed == ("one", MoreSettings(4, "a", False, ("a b", "c")))
+
+
+def test_several_words_are_saved_and_read_again(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(asdict(MoreSettings(files=("a b", "c")))))
+    words, presets = ["--config", str(tmp_path / "config.json")], {"one": MoreSettings()}
+    assert cli.parse(MoreSettings, presets, words)[1].files == ("a b", "c")
+    for wrong in ("a b", 3, ["a", 3]):
+        (tmp_path / "config.json").write_text(json.dumps({"files": wrong}))
+        with pytest.raises(UserError, match="--files is .*; it must be text"):
+            cli.parse(MoreSettings, presets, words)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -150,7 +166,7 @@ SAVED = {
     "ablation/config.json": {"objective": "masked"},
     "moved/config.json": {"train_file": "/no/such/text.txt"},
     "lost/best/run_config.json": {},
-    "pretrained/state.safetensors": {},
+    "pretrained/config.json": {"text": ["a.txt"]},
     # Unfinished, finished, the demo's second run
     "runs/a-1/config.json": {},
     "runs/a-1/state.safetensors": {},
@@ -175,7 +191,7 @@ MISTAKES = [
     ("--resume runs/a-1/config.json", "config.json); did you mean runs/a-1 or "),
     ("--resume runs/demo1-simcse", "did you mean runs/demo-1-simcse or "),
     ("--resume lost", "missing; to restore it: cp lost/best/run_config.json lost/config.json"),
-    ("--resume pretrained", "python -m lab.pretrain ... --out pretrained --resume"),
+    ("--resume pretrained", "unknown field 'text'; a run of another program is resumed by it"),
     ("--resume moved", "/no/such/text.txt does not exist; if it was moved, add --train-file and"),
     ("--resume ~/runs/nothing", "HOME/runs/nothing: no run there"),
     ("--resume ablation", "unknown field 'objective'; a run of another program is resumed by it"),

@@ -1,4 +1,4 @@
-"""lab/pretrain.py: text, vocabulary, batches, counting, both losses, the held-out score, runs."""
+"""lab/pretrain.py and lab/held_out.py: text, vocabulary, rows, counting, losses, score, runs."""
 
 import itertools
 import json
@@ -10,7 +10,6 @@ import re
 import signal
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,11 +20,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from bert import load_bert, read_safetensors, save_bert
 from data import Batch, Tokenizer
+import diffcse
 from diffcse import derive_seed
-from engine.checkpoint import load_state, locked, save_state
 from engine.errors import UserError
 from engine.tokens import TokenizedSentences
-from lab import pretrain
+from lab import held_out, pretrain
 
 SMALL = ROOT / "assets" / "small-bert"
 WORDS = """the a of and king queen river castle ship sea old young saw built crossed near under from
@@ -49,21 +48,17 @@ def text(tmp_path) -> Path:
     return path
 
 
+def pack(documents: list[list[str]], tokenizer: Tokenizer, longest: int, seed: int) -> list:
+    lengths = map(len, tokenizer(list(itertools.chain.from_iterable(documents)), longest))
+    return pretrain.pack(documents, lengths, seed)
+
+
 @pytest.fixture
-def small(text, tmp_path):
+def small(text):
     """Tokenizer and rows of that text."""
-    documents, _ = pretrain.hold_out(pretrain.read_documents([str(text)]), 0)
-    tokenizer = pretrain.train_vocabulary(documents, 100, tmp_path / "vocabulary")
-    return tokenizer, pretrain.make_rows(documents, tokenizer, 0)
-
-
-@pytest.fixture
-def start(small, tmp_path) -> Path:
-    """A model of 1 layer of 64 with that vocabulary."""
-    torch.manual_seed(0)
-    save_bert(pretrain.new_model(*small, layers=1, hidden=64), tmp_path / "start")
-    small[0].save(tmp_path / "start", 128)
-    return tmp_path / "start"
+    documents, _ = held_out.hold_out(held_out.read_documents([str(text)]))
+    tokenizer = pretrain.train_vocabulary(documents, 100)
+    return tokenizer, pretrain.Rows(pack(documents, tokenizer, 64, 0), tokenizer)
 
 
 @pytest.fixture
@@ -72,14 +67,13 @@ def run(text, command, monkeypatch):
 
     True is a flag without a value, None leaves a default flag out.
     """
-    ticks = itertools.count()
-    monkeypatch.setattr(pretrain, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    monkeypatch.setattr(pretrain, "WARM_UP", 4)
 
-    def run(out: Path, steps: float = 3, **changes):
-        flags = {"text": text, "minutes": steps / 60, "out": out, "vocab": 100, "layers": 1}
-        flags |= {"hidden": 64, "device": "cpu"} | changes
+    def run(out: Path | None, **changes):
+        flags = {"text": text, "steps": 3, "out": out, "vocab": 100, "layers": 1, "hidden": 64}
+        flags |= {"device": "cpu", "eval-every": 4, "log-every": 3} | changes
         given = {name: value for name, value in flags.items() if value is not None}
-        words = [[f"--{name}"] + [value] * (value is not True) for name, value in given.items()]
+        words = [(f"--{name.replace('_', '-')}", value) for name, value in given.items()]
         return command(pretrain.main, *itertools.chain.from_iterable(words))
 
     return run
@@ -90,12 +84,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file): file.read_bytes() for file in files}
 
 
-def make_batch(rows: list[list[int]], tokenizer: Tokenizer) -> Batch:
-    """Padded rows, masked by mask_words."""
+def make_batch(rows: list[list[int]], tokenizer: Tokenizer, following=None) -> Batch:
+    """Padded rows, masked by mask_words, and the rows that follow (the same)."""
+    rows = [row for pair in zip(rows, following or rows) for row in pair]
+    width = max(map(len, rows[::2]))
     x = pad_sequence(list(map(torch.tensor, rows)), True, tokenizer.pad_id)
     continues, rng = pretrain.continuing_pieces(tokenizer), torch.Generator().manual_seed(0)
     masked = pretrain.mask_words(x, tokenizer, continues, rng)
-    return Batch(x, x != tokenizer.pad_id, *masked, views=1)
+    return Batch(x, x != tokenizer.pad_id, *masked, views=2, width=width)
 
 
 # ------------------------------------------------------------------------------------------- text
@@ -105,7 +101,7 @@ def test_empty_lines_separate_documents(tmp_path):
     (tmp_path / "a.txt").write_text("\n\none\ntwo \n\n \t\nthree\n", encoding="utf-8")
     with lzma.open(tmp_path / "b.txt.xz", "wt", encoding="utf-8") as file:
         file.write("four\nfive")  # no empty line: a list of sentences
-    documents = pretrain.read_documents([str(tmp_path / "a.txt"), str(tmp_path / "b.txt.xz")])
+    documents = held_out.read_documents([str(tmp_path / "a.txt"), str(tmp_path / "b.txt.xz")])
     assert documents == [["one", "two"], ["three"], ["four"], ["five"]]
 
 
@@ -113,66 +109,69 @@ def test_empty_lines_separate_documents(tmp_path):
 def test_held_out_paragraphs_are_of_whole_documents_and_not_trained_on(sizes):
     names = itertools.count()
     documents = [[str(next(names)) for _ in range(size)] for size in sizes]
-    kept, held_out = pretrain.hold_out(documents, seed=1)
-    assert len(held_out) == min(1000, math.ceil(sum(sizes) / 10))
-    touched = [document for document in documents if set(document) & set(held_out)]
+    kept, scored = held_out.hold_out(documents)
+    assert len(scored) == min(1000, math.ceil(sum(sizes) / 10))
+    touched = [document for document in documents if set(document) & set(scored)]
     assert sorted(kept + touched) == sorted(documents)  # no document in both
-    assert pretrain.hold_out(documents, seed=1) == (kept, held_out)
-    assert pretrain.hold_out(documents, seed=2)[1] != held_out
+    assert held_out.hold_out(documents) == (kept, scored)
 
 
 @pytest.mark.parametrize("documents", [[], [["only one"]], [["one", "two", "three"]]])
 def test_too_little_text(documents):
     with pytest.raises(UserError) as error:
-        pretrain.hold_out(documents, 0)
+        held_out.hold_out(documents)
     assert f"{len(documents)} documents are too few" in one_line(error)
+
+
+def unpack(rows: TokenizedSentences) -> list[list[int]]:
+    return [rows.ids[a:b].tolist() for a, b in itertools.pairwise(rows.starts)]
 
 
 @pytest.mark.parametrize("longest", [8, 16, 64])
 def test_rows_are_whole_sentences_in_order_within_a_document(small, text, monkeypatch, longest):
     tokenizer, _ = small
     monkeypatch.setattr(pretrain, "MAX_LENGTH", longest)
-    documents = pretrain.read_documents([str(text)])
-    documents += [[""], ["x " * 300], ["One. Two. Three. " * 40]]
-    made = pretrain.make_rows(documents, tokenizer, seed=4)
-    rows = [made.ids[a:b].tolist() for a, b in itertools.pairwise(made.starts)]
-    cls, sep = tokenizer.cls_id, tokenizer.sep_id
-    assert all(row[0] == cls and row[-1] == sep and len(row) <= longest for row in rows)
-    assert not any({cls, sep, tokenizer.pad_id} & set(row[1:-1]) for row in rows)
-    # Row by row they are the sentences of the documents, each cut to the longest length, and no row
-    # has sentences of two documents, or would have had space for the next sentence at any limit.
-    limits = iter(np.random.default_rng([4, 3]).integers(longest // 4, longest + 1, len(rows)))
-    remaining = iter(rows)
-    for document in documents:
-        sentences = [s for paragraph in document for s in pretrain.split_sentences(paragraph)]
-        pieces = [tokenizer([s], longest)[0][1:-1] for s in sentences]
-        while pieces:
-            expected, limit = pieces.pop(0), next(limits) - 2
-            while pieces and len(expected) + len(pieces[0]) <= limit:
-                expected = expected + pieces.pop(0)
-            assert next(remaining)[1:-1] == expected
-    assert next(remaining, None) is None
+    documents = held_out.read_documents([str(text)])
+    documents += [["x " * 300], ["One two."] * 40, []]
+    packed = pack(documents, tokenizer, longest, seed=4)
+    # No row has sentences of two documents, or would have had space for the next sentence
+    count = sum(map(len, packed))
+    limits = iter(np.random.default_rng([4, 3]).integers(longest // 4, longest + 1, count))
+    for sentences, rows in zip(documents, packed, strict=True):
+        lengths, remaining = [len(ids) - 2 for ids in tokenizer(sentences, longest)], iter(rows)
+        sentences = list(sentences)
+        while sentences:
+            row, space = [sentences.pop(0)], next(limits) - 2 - lengths.pop(0)
+            while sentences and lengths[0] <= space:
+                row.append(sentences.pop(0))
+                space -= lengths.pop(0)
+            assert next(remaining) == " ".join(row)
+        assert next(remaining, None) is None
+    made = pretrain.Rows(packed, tokenizer)
+    expected = [row for rows in packed for row in rows]
+    assert unpack(made) == tokenizer(expected, longest)
+    following = [i for rows in packed for i in [*rows[1:], *rows[-1:]]]
+    assert [expected[i] for i in made.following] == following
 
 
-def test_batches_have_every_row_once_per_epoch(small, monkeypatch):
-    _, rows = small
-    monkeypatch.setattr(pretrain, "BATCH_TOKENS", 300)
+@pytest.mark.parametrize("longest", [64, 40])
+def test_batches_have_every_row_once_per_epoch(small, longest):
+    rows, cfg = small[1], pretrain.PretrainConfig(batch_size=300, seed=3)
     lengths = np.diff(rows.starts)
-    drawn, batches = pretrain.draw_batches(rows, seed=3), []
-    while sum(map(len, batches)) < len(rows):
+    expected = np.flatnonzero(lengths <= longest).tolist()
+    drawn, batches = rows.draw(longest, cfg), []
+    while sum(map(len, batches)) < len(expected):
         batches.append(next(drawn))
-    assert sorted(np.concatenate(batches)) == list(range(len(rows)))
+    assert sorted(np.concatenate(batches)) == expected
     sizes = [lengths[batch].sum() for batch in batches]
-    assert max(sizes) < 300 + 2 * lengths.max() and np.mean(sizes) > 250
+    assert max(sizes) < 300 + 2 * longest and np.median(sizes) > 250
     padded = [len(batch) * lengths[batch].max() for batch in batches]
     assert sum(padded) < 1.05 * sum(sizes)
-    assert abs(np.corrcoef([lengths[b].mean() for b in batches], range(len(batches)))[0, 1]) < 0.3
-    again = list(itertools.islice(pretrain.draw_batches(rows, seed=3), 2 * len(batches)))
+    assert abs(np.corrcoef([lengths[b].mean() for b in batches], range(len(batches)))[0, 1]) < 0.4
+    again = list(itertools.islice(rows.draw(longest, cfg), 2 * len(batches)))
     assert all(np.array_equal(a, b) for a, b in zip(batches, again))
     second = again[len(batches) :]  # another epoch, another order
     assert [batch.tolist() for batch in second] != [batch.tolist() for batch in batches]
-    x, mask = rows.rows(batches[0])
-    assert len(x) == len(batches[0]) and mask.sum() == sizes[0]  # one view of each
 
 
 def test_whole_words_are_masked_with_all_their_pieces():
@@ -202,8 +201,7 @@ def test_whole_words_are_masked_with_all_their_pieces():
 def test_positive_pmi_equals_counting_by_hand(small):
     tokenizer, rows = small
     pairs, W = Counter(), tokenizer.vocab_size
-    for start, end in itertools.pairwise(rows.starts):
-        ids = rows.ids[start:end].tolist()
+    for ids in unpack(rows):
         for a, b in itertools.permutations(range(len(ids)), 2):
             if abs(a - b) <= 5 and not {ids[a], ids[b]} & set(tokenizer.special_ids):
                 pairs[ids[a], ids[b]] += 1
@@ -221,7 +219,7 @@ def test_positive_pmi_equals_counting_by_hand(small):
 def test_a_new_model_starts_from_the_counts(small):
     tokenizer, rows = small
     torch.manual_seed(0)
-    model = pretrain.new_model(tokenizer, rows, layers=1, hidden=64)
+    model = pretrain.new_model(rows, tokenizer, layers=1, hidden=64)
     words = model.bert.embeddings.word.weight.detach().double()
     assert words.std().item() == pytest.approx(0.05, rel=0.01)
     U, S, _ = torch.linalg.svd(pretrain.positive_pmi(rows, tokenizer).double())  # the exact one
@@ -258,59 +256,105 @@ def test_losses_equal_transformers_and_a_loop(theirs):
     tokenizer, model = Tokenizer(SMALL), load_bert(SMALL, mlm=True)
     texts = ["A man is playing a guitar.", "", "The the THE cat!", "Ünïcödé ☃ unknown", "x" * 200]
     rows, special = tokenizer(texts, 40), tokenizer.special_ids
-    batch = make_batch(rows, tokenizer)
+    following = tokenizer(["Next.", "a longer next row " * 20, "", "guitar cat", "y"], 64)
+    batch = make_batch(rows, tokenizer, following)
     weights = torch.rand(tokenizer.vocab_size, generator=torch.Generator().manual_seed(1))
     weights[special] = 0
-    losses = pretrain.compute_losses(model, batch, weights)
-    labels, mask = torch.where(batch.selected, batch.x, -100), batch.mask.long()
-    out = theirs(input_ids=batch.x_masked, attention_mask=mask, labels=labels)
-    log_p = out.logits[:, 0].log_softmax(-1)
-    words = [(i, token) for i, row in enumerate(rows) for token in row if token not in special]
-    total = sum(weights[token] for _, token in words)
-    expected = out.loss, -sum(weights[word[1]] * log_p[word] for word in words) / total
+    training = pretrain.Pretraining(pretrain.PretrainConfig(), model, weights)
+    assert training.cls_weight == pretrain.CLS_WEIGHT[0]
+    training.cls_weight = 0.5
+    loss, metrics = training(batch)
+    x, mask, x_masked, selected = (tensor[::2, :40] for tensor in batch.tensors())
+    labels = torch.where(selected, x, -100)
+    out = theirs(input_ids=x_masked, attention_mask=mask.long(), labels=labels)
+    log_p, expected = out.logits[:, 0].log_softmax(-1), {"mlm": out.loss}
+    for name, told in {"cls": rows, "next": following}.items():
+        words = [(i, t) for i, row in enumerate(told) for t in row if t not in special]
+        total = sum(weights[token] for _, token in words)
+        expected[name] = -sum(weights[word[1]] * log_p[word] for word in words) / total
+    told = expected["cls"] + pretrain.NEXT_WEIGHT * expected["next"]
+    expected["loss"] = out.loss + 0.5 * told
+    for name, value in expected.items():
+        assert metrics[name][0].item() == pytest.approx(value.item(), abs=1e-5)
+        assert metrics[name][1] == 1
+    assert loss.item() == metrics["loss"][0].item()
     ours, others = model.bert, theirs.bert
-    for mine, other in zip(losses, expected):
-        assert mine.item() == pytest.approx(other.item(), abs=1e-5)
-        a, b = ours.embeddings.word.weight, others.embeddings.word_embeddings.weight
-        c, d = ours.layers[0].up.weight, others.encoder.layer[0].intermediate.dense.weight
-        gradients = torch.autograd.grad(mine, (a, c), retain_graph=True)
-        for x, y in zip(gradients, torch.autograd.grad(other, (b, d), retain_graph=True)):
-            np.testing.assert_allclose(x, y, atol=1e-5)
+    a, b = ours.embeddings.word.weight, others.embeddings.word_embeddings.weight
+    c, d = ours.layers[0].up.weight, others.encoder.layer[0].intermediate.dense.weight
+    gradients = torch.autograd.grad(loss, (a, c))
+    for x, y in zip(gradients, torch.autograd.grad(expected["loss"], (b, d))):
+        np.testing.assert_allclose(x, y, atol=1e-5)
     batch.x = batch.x.where(torch.isin(batch.x, torch.tensor(special)), tokenizer.unk_id)
-    assert pretrain.compute_losses(model, batch, weights)[1].item() == 0  # no weight: not NaN
+    assert training(batch)[1]["cls"][0].item() == 0  # no weight: not NaN
+    batch.selected[:] = False
+    assert training(batch)[0].item() == 0
 
 
-def test_one_step_equals_adamw_by_hand(small):
-    """The gradient of both losses, clipped to 1; decay of matrices; the rate of the schedule."""
+def test_a_step_clips_the_gradient_and_decays_matrices(small):
     tokenizer, rows = small
     torch.manual_seed(0)
-    model = pretrain.new_model(tokenizer, rows, layers=1, hidden=64)
+    mlm = pretrain.new_model(rows, tokenizer, layers=1, hidden=64)
+    cfg = pretrain.PretrainConfig(clip=0.5)
+    model = pretrain.Pretraining(cfg, mlm, torch.rand(100))
     x, mask = rows.rows(np.arange(8))
     batch = make_batch([row[m].tolist() for row, m in zip(x, mask)], tokenizer)
-    weights, named = torch.rand(100), dict(model.named_parameters())
+    named = dict(model.named_parameters())
     before = {name: p.detach().clone() for name, p in named.items()}
-    losses = pretrain.compute_losses(model, batch, weights)
-    loss = losses[0] + 2 * losses[1]  # 4, after half of the time in which it falls
+    loss = model(batch)[0]
     gradients = dict(zip(named, torch.autograd.grad(loss, named.values(), allow_unused=True)))
     norm = torch.stack([g.norm() for g in gradients.values()]).norm()
-    assert norm > 1.5
-    optimizer = pretrain.make_optimizer(model)
-    returned = pretrain.train_step(model, optimizer, batch, weights, 0.85, None)
-    assert returned == pytest.approx([loss.item() for loss in losses], abs=1e-5)
-    lr = pretrain.LR * 0.15 / 0.94
+    assert norm > 1
+    optimizer = pretrain.make_optimizer(model, lr=0.01)
+    metrics = diffcse.train_step(model, optimizer, torch.amp.GradScaler(enabled=False), None, batch)
+    assert metrics["loss"][0].item() == pytest.approx(loss.item(), abs=1e-5)
     for name, p in named.items():
-        g, decay = gradients[name] / norm, 0.01 * (p.ndim > 1)
+        g, decay = 0.5 * gradients[name] / norm, 0.01 * (p.ndim > 1)
         np.testing.assert_allclose(p.grad, g, atol=1e-6)
-        expected = before[name] * (1 - lr * decay) - lr * p.grad / (p.grad.abs() + 1e-6)
+        expected = before[name] * (1 - 0.01 * decay) - 0.01 * p.grad / (p.grad.abs() + 1e-6)
         np.testing.assert_allclose(p.detach(), expected.detach(), atol=1e-7)
 
 
-def test_the_schedule():
-    progress = [0, 0.03, 0.06, 0.53, 0.7 - 1e-9, 0.7, 0.85, 1]
-    lr, cls_weight = zip(*map(pretrain.schedule, progress))
-    expected = np.array([0, 0.5, 1, 0.5, 0.3 / 0.94, 0.3 / 0.94, 0.15 / 0.94, 0])
-    np.testing.assert_allclose(lr, pretrain.LR * expected, atol=1e-10)
-    np.testing.assert_allclose(cls_weight, [0.1] * 5 + [4, 2, 0], atol=1e-10)
+@pytest.fixture
+def make_run(monkeypatch):
+    def make_run(**settings) -> pretrain.PretrainRun:
+        cfg = pretrain.PretrainConfig(**settings)
+        run = pretrain.PretrainRun(cfg, "small-bert", torch.device("cpu"), None)
+        run.total = cfg.steps
+        return run
+
+    return make_run
+
+
+def test_the_schedule(make_run):
+    run, found = make_run(steps=10_000, lr=2.0), {}
+    for run.step in (0, 99, 399, 400, 6999, 7001, 8500, 9999):
+        found[run.step] = run.schedule()
+    rates, weights = zip(*found.values())
+    assert rates == pytest.approx([2 / 400, 0.5, 2, 2, 2, 2 * 2999 / 3000, 1, 2 / 3000])
+    small, large = pretrain.CLS_WEIGHT
+    last = [large * 2999 / 3000, large / 2, large / 3000]
+    assert weights == pytest.approx([small] * 5 + last)
+    run = make_run(lr=2.0)
+    run.step = 10**6
+    assert run.schedule() == (2, small)
+
+
+@pytest.mark.parametrize("step", [*range(1, 60), 12_345, 54_321])
+def test_steps_fixed_by_the_clock_change_nothing_before(make_run, step):
+    """So a run with --minutes equals the run with the --steps that it prints."""
+    run, small = make_run(minutes=10, lr=1.0), pretrain.CLS_WEIGHT[0]
+    run.step, run.earlier_seconds = step, 419.0 - run.seconds()
+    run.fix_total()
+    assert run.total is None
+    run.earlier_seconds += 2
+    run.fix_total()
+    assert run.total == round(step / 0.7)
+    fixed = run.total
+    for run.step in (step - 1, max(step - 7, 0)):
+        assert run.schedule() == (min((run.step + 1) / 400, 1), small)
+    run.step += 1000
+    run.fix_total()
+    assert run.total == fixed
 
 
 def test_the_held_out_score_equals_a_loop_on_transformers(theirs):
@@ -321,7 +365,7 @@ def test_the_held_out_score_equals_a_loop_on_transformers(theirs):
         quietly."""
     long = [" ".join(["a"] * n + ["antidisestablishmentarianism"] * 25) for n in (1, 2)]
     text = [*make_paragraphs(12), *[known] * 10, *[odd] * 3, *long * 20, ""]  # words end at 128
-    result = pretrain.score_held_out(model, tokenizer, text)
+    result = held_out.score_held_out(model, tokenizer, text)
 
     # The same words, found without word_ids: later pieces of a word begin with ##.
     fast = transformers.AutoTokenizer.from_pretrained(SMALL)
@@ -357,11 +401,14 @@ def test_the_held_out_score_equals_a_loop_on_transformers(theirs):
 
 def test_a_run_is_read_by_transformers(tmp_path, run):
     out = tmp_path / "model"
-    finished = run(out, 40)
-    log = read_log(out)
-    assert finished.code == 0 and f"loss {log[-1]['loss']}" in finished.out, finished.err
-    assert [row["step"] for row in log] == [0, *range(2, 41, 2)]
-    assert log[-1]["loss"] < log[0]["loss"] - 0.1 and log[-1]["minutes"] == 0.67
+    finished = run(out, steps=40)
+    log = [row for row in read_log(out) if "held_out_loss" in row]
+    assert finished.code == 0 and f"held_out_loss {log[-1]['held_out_loss']}" in finished.out
+    assert [row["step"] for row in log] == list(range(0, 41, 4))
+    assert log[-1]["held_out_loss"] < log[0]["held_out_loss"] - 0.1
+    results = json.loads((out / "results.json").read_text())
+    assert results["steps"] == 40 and results["tokens"] == log[-1]["tokens"]
+    assert results["held_out_loss"] == log[-1]["held_out_loss"]
     best = out / "best"
     tokenizer, fast = Tokenizer(best), transformers.AutoTokenizer.from_pretrained(best)
     assert tokenizer.vocab_size == len(fast) == 100
@@ -375,72 +422,102 @@ def test_a_run_is_read_by_transformers(tmp_path, run):
     assert {tensor.dtype for tensor in saved.values()} == {torch.float16}  # computed in fp32
 
 
-def test_a_stopped_run_is_resumed_exactly(tmp_path, start, run, monkeypatch):
-    whole, stopped, batches = tmp_path / "whole", tmp_path / "stopped", []
-    options = {"start": start, "vocab": None, "layers": None, "hidden": None, "seed": 7}
-    plain_step = pretrain.train_step
+def numbers(out: Path) -> list[dict]:
+    """The log without the clock."""
+    return [
+        {name: value for name, value in row.items() if "second" not in name}
+        for row in read_log(out)
+    ]
 
-    def step(model, optimizer, batch, *args):
-        batches.append(batch)
-        if len(batches) == 24 + 7:  # not one of the twenty steps that are saved anyway
+
+def test_a_stopped_run_is_resumed_exactly_and_minutes_equal_steps(
+    tmp_path, run, command, monkeypatch
+):
+    out = {name: tmp_path / name for name in ("whole", "early", "late")}
+    assert run(out["whole"], steps=23, seed=7).code == 0
+    monkeypatch.setattr(pretrain.PretrainRun, "seconds", lambda self: self.step * 60 / 22.8)
+    plain_step, steps = pretrain.train_step, []
+
+    def step(*args):
+        steps.append(args)
+        if len(steps) in (7, 23 + 22):  # before and after the total is fixed, at step 16
             os.kill(os.getpid(), signal.SIGTERM)
-        return plain_step(model, optimizer, batch, *args)
+        return plain_step(*args)
 
     monkeypatch.setattr(pretrain, "train_step", step)
-    assert run(whole, 24, **options).code == 0
-    code, _, error = run(stopped, 24, **options)
-    assert code == 143 and "to continue, add --resume" in error
-    assert read_log(stopped)[-1]["step"] == 7
-    before = contents(stopped)
-    with locked(stopped):
-        assert "is in use" in run(stopped, 24, resume=True, **options).err
-    for changes, message in [
-        (options, "is not empty; delete it"),
-        ({"resume": True, "steps": 50}, "the run has {"),
-    ]:
-        refused = run(stopped, **changes)
-        assert refused.code == 2 and message in refused.err and contents(stopped) == before
-    (stopped / "best").rename(stopped / ".best.earlier")  # killed between two renames
-    assert run(stopped, 24, resume=True, **options).code == 0
-    assert [row for row in read_log(stopped) if row["step"] != 7] == read_log(whole)
-    assert read_log(whole)[-1]["tokens"] == sum(batch.mask.sum() for batch in batches[:24])
-    states = [load_state(out)[0] for out in (whole, stopped)]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    continues = pretrain.continuing_pieces(tokenizer := Tokenizer(start))
-    for number, batch in enumerate(batches[:24]):
+    for name, stopped_at in (("early", 7), ("late", 22)):
+        code, printed, error = run(out[name], steps=None, minutes=1, seed=7)
+        assert code == 143 and f"stopped after step {stopped_at}; resume with: " in error
+        assert ("--steps 23" in printed) == (name == "late")
+        done = command(pretrain.main, "--resume", out[name])
+        assert done.code == 0 and f"from step {stopped_at}" in done.out
+        assert numbers(out[name]) == numbers(out["whole"])
+        models = [(out[n] / "best/model.safetensors").read_bytes() for n in (name, "whole")]
+        assert models[0] == models[1]
+    assert len(steps) == 46
+    batches = [args[-1] for args in steps[:23]]
+    assert read_log(out["whole"])[-1]["tokens"] == sum(b.mask[::2].sum() for b in batches)
+    tokenizer = Tokenizer(out["whole"] / "best")
+    continues = pretrain.continuing_pieces(tokenizer)
+    for number, batch in enumerate(batches):
         rng = torch.Generator().manual_seed(derive_seed(7, 2, number))
         expected = pretrain.mask_words(batch.x, tokenizer, continues, rng)
         assert torch.equal(batch.x_masked, expected[0])
+        assert batch.width == batch.mask[::2].sum(1).max() and batch.views == 2
+        assert number < 21 or batch.width <= pretrain.SINGLE_LENGTH
 
 
-def test_a_run_starts_from_another_model_or_from_its_vocabulary_alone(text, tmp_path, start, run):
-    held_out = pretrain.hold_out(pretrain.read_documents([str(text)]), 0)[1]
-    tokenizer = Tokenizer(start)
-    for name, layers in (("same", 1), ("deeper", 2)):
-        out = tmp_path / name
-        assert run(out, start=start, vocab=None, layers=layers, hidden=None).code == 0
-        assert Tokenizer(out / "best").vocabulary() == tokenizer.vocabulary()
-        assert load_bert(out / "best", mlm=True).cfg.num_hidden_layers == layers
-        expected = pretrain.score_held_out(load_bert(start, mlm=True), tokenizer, held_out)
-        assert (read_log(out)[0]["loss"] == expected["loss"]) == (layers == 1)
+def test_a_resumed_run_needs_the_same_text(tmp_path, run, command, text):
+    def stop(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {name: (torch.zeros(()), 1) for name in ("loss", "mlm", "cls", "next", "grad_norm")}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "train_step", stop)
+        assert run(tmp_path / "model", steps=22).code == 143
+    before = contents(tmp_path / "model")
+    assert "has an unfinished run; resume it with: " in run(tmp_path / "model").err
+    refused = command(pretrain.main, "--resume", tmp_path / "model", "--steps", 50)
+    assert "--steps is 50, but the run has 22" in refused.err
+    text.write_text(text.read_text() + "\n\nOne more.\n")
+    refused = command(pretrain.main, "--resume", tmp_path / "model")
+    assert refused.code == 2 and "--text" in refused.err and "is not what" in refused.err
+    assert contents(tmp_path / "model") == before
+
+
+def test_a_run_takes_the_vocabulary_of_another_model(tmp_path, run):
+    assert run(tmp_path / "model", model=SMALL, vocab=None).code == 0
+    assert Tokenizer(tmp_path / "model" / "best").vocabulary() == Tokenizer(SMALL).vocabulary()
+    assert load_bert(tmp_path / "model" / "best", mlm=True).cfg.hidden_size == 64
+
+
+def test_the_vocabulary_is_the_same_every_time(text):
+    """The library alone breaks ties at random."""
+    documents = [[row, "Ünïcödé ☃ 漢字 naïve"] for row in make_paragraphs(100)]
+    found = [pretrain.train_vocabulary(documents, 120).vocabulary() for _ in range(5)]
+    assert all(vocabulary == found[0] for vocabulary in found)
+    words = sorted(found[0], key=found[0].get)
+    assert words[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] and len(words) == 120
+    assert {"king", "ship", "##n"} <= set(words) and "☃" in words
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"vocab": 4000}, r"--vocab is 4000, but only \d+ pieces"),
-        ({"minutes": 0}, "--minutes is 0; it must be above 0"),
+        ({"vocab": 4000}, r"--vocab is 4000, but the text has only \d+ pieces"),
+        ({"vocab": 20}, "--vocab is 20; it must be at least 100"),
+        ({"minutes": 0}, "--minutes is 0.0; it must be positive, finite"),
         ({"minutes": "nan"}, "--minutes is nan"),
-        ({"minutes": None}, "--minutes and --out are needed"),
         ({"hidden": 100}, "--hidden is 100; it must be a multiple of 64"),
-        ({"hidden": 128}, "--hidden is 128; it must be at most --vocab"),
-        ({"layers": 0}, "'0' is not a positive integer"),
+        ({"hidden": 128}, "--hidden is 128; it must be at most"),
+        ({"layers": 0}, "--layers is 0; it must be at least 1"),
         ({"seed": -1}, "--seed is -1"),
-        ({"start": SMALL}, "not allowed with argument"),
-        ({"text": "nowhere.txt"}, "cannot read nowhere.txt"),
-        ({"out": ""}, "--minutes and --out are needed"),
-        ({"resume": True}, "cannot write to .*: No such file"),
-        ({"score": "nowhere/at/all"}, "no such model"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"text": None}, "--text is missing"),
+        ({"text": "nowhere.txt"}, "cannot read .*nowhere.txt"),
+        ({"model": "nowhere/at/all"}, "no such model"),
+        ({"resume": "nowhere"}, "--resume nowhere: no run there"),
+        ({"lam": 1}, "unknown argument --lam"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(tmp_path, run, changes, message):
@@ -449,33 +526,33 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, run, changes, message
     assert re.search(message, error) and error.count("\n") == 1
 
 
-def test_a_run_is_saved_twenty_times_until_it_diverges(tmp_path, run, monkeypatch):
-    losses = iter([(1.0, 2.0)] * 310 + [(math.nan, 1.0)])
-    monkeypatch.setattr(pretrain, "train_step", lambda *args: next(losses))
-    code, _, error = run(tmp_path / "model", 400)
-    assert code == 2 and "NaN or infinite at step 311" in error
-    assert load_state(tmp_path / "model")[1]["pretraining"]["step"] == 300
-    log = read_log(tmp_path / "model")
-    assert [row["step"] for row in log] == list(range(0, 301, 20))
-    assert (log[-1]["mlm"], log[-1]["cls"]) == (1, 2)
+def test_a_run_that_diverges_names_the_step(tmp_path, run, monkeypatch):
+    losses = iter([1.0] * 7 + [math.nan])
+
+    def step(*args):
+        loss = torch.tensor(next(losses))
+        return {name: (loss, 1) for name in ("loss", "mlm", "cls", "next", "grad_norm")}
+
+    monkeypatch.setattr(pretrain, "train_step", step)
+    code, _, error = run(tmp_path / "model", steps=40)
+    assert code == 2 and "the masked-LM loss is NaN or infinite at step 8: try a lower" in error
+    assert "best is the model of step 4" in error
 
 
-def test_only_a_run_of_this_program_is_resumed(tmp_path, run):
+def test_nothing_but_an_empty_folder_is_written_to(tmp_path, run, command):
     (tmp_path / "precious").write_text("mine")
-    save_state(tmp_path, {}, {"name": "demo"})  # the state of another program
     before = contents(tmp_path)
-    assert "has no run of lab.pretrain" in run(tmp_path, resume=True).err
     assert "is not empty" in run(tmp_path).err and contents(tmp_path) == before
 
 
-def test_models_are_scored_without_training(text, tmp_path, command):
+def test_models_are_scored(text, tmp_path, command):
     model, tokenizer = load_bert(SMALL, mlm=True), Tokenizer(SMALL)
-    held_out = pretrain.hold_out(pretrain.read_documents([str(text)]), 0)[1]
-    expected = [{"model": str(SMALL), **pretrain.score_held_out(model, tokenizer, held_out)}]
+    paragraphs = held_out.hold_out(held_out.read_documents([str(text)]))[1]
+    expected = [{"model": str(SMALL), **held_out.score_held_out(model, tokenizer, paragraphs)}]
     with torch.no_grad():
         model.head.bias += torch.randn(len(model.head.bias))
     save_bert(model, other := tmp_path / "other")
     tokenizer.save(other, 128)
-    expected.append({"model": str(other), **pretrain.score_held_out(model, tokenizer, held_out)})
-    printed = command(pretrain.main, "--text", text, "--score", SMALL, other).out
+    expected.append({"model": str(other), **held_out.score_held_out(model, tokenizer, paragraphs)})
+    printed = command(held_out.main, SMALL, other, "--text", text).out
     assert [json.loads(line) for line in printed.splitlines()] == expected

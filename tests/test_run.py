@@ -517,7 +517,7 @@ def test_nan_stops_the_run_and_the_last_good_state_stays(train_tiny, tmp_path, m
     monkeypatch.setattr(diffcse, "train_step", lambda *args: train_step(*args) | nan)
     before_step(monkeypatch, 4, lambda: nan.update({name: (torch.tensor(math.nan), 1)}))
     message = (
-        f"^{runs.CHECKED[name]} is NaN or infinite at step 4: try a lower --lr, or --amp off. "
+        f"^{runs.Run.CHECKED[name]} is NaN or infinite at step 4: try a lower --lr, or --amp off. "
     )
     with pytest.raises(UserError, match=message + ".*best is the model of step 2$"):
         train_tiny(save_minutes=0, log_every=3)

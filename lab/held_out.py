@@ -1,0 +1,107 @@
+"""Masked language models on held-out paragraphs: loss and accuracy per word.
+
+    python -m lab.held_out runs/my-bert/best assets/small-bert --text wiki.txt.xz
+
+The first HELD_OUT paragraphs of shuffled documents, which `lab.pretrain` does not train on if it
+has the same text. Not here: languages with letters other than a to z.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from bert import BertForMaskedLM, load_bert
+from data import Tokenizer, read_lines
+from engine.cli import Parser
+from engine.device import pick_device
+from engine.errors import UserError, run_main
+from engine.hub import find_model
+
+HELD_OUT = 1000  # paragraphs, in whole documents, that are only scored
+
+
+def read_documents(paths: Sequence[str]) -> list[list[str]]:
+    """The paragraphs of each document. In a file without empty lines, every line is a document."""
+    documents = []
+    for path in paths:
+        lines = [line.strip() for line in read_lines(Path(path))]
+        if all(lines):
+            documents += [[line] for line in lines]
+        else:
+            documents += [list(group) for full, group in itertools.groupby(lines, bool) if full]
+    return documents
+
+
+def hold_out(documents: list[list[str]]) -> tuple[list[list[str]], list[str]]:
+    """Documents to train on, and HELD_OUT paragraphs of others, or a tenth of all if that is less.
+
+    Raises: UserError if no document is left to train on.
+    """
+    order = np.random.default_rng([0, 0]).permutation(len(documents)).tolist()
+    count = min(HELD_OUT, math.ceil(sum(map(len, documents)) / 10))
+    held_out = []
+    while order and len(held_out) < count:
+        held_out += documents[order.pop(0)]
+    if not order:
+        raise UserError(f"{len(documents)} documents are too few (an empty line ends a document)")
+    return [documents[i] for i in order], held_out[:count]
+
+
+@torch.no_grad()
+def score_held_out(model: BertForMaskedLM, tokenizer: Tokenizer, paragraphs: list[str]) -> dict:
+    """Loss and accuracy per masked word of unseen text, comparable across vocabularies.
+
+    15 % of the words of each stretch of 32 are masked, with all their pieces, the same words for
+    every lower-cased WordPiece vocabulary. Words with other letters than a to z are left out.
+    A word's loss, in nats, is the sum over its pieces; it is correct if every piece is.
+    """
+    stretches = []
+    for words in map(str.split, paragraphs):
+        stretches += [" ".join(words[i : i + 32]) for i in range(0, len(words), 32)]
+    device, embeddings = model.bert.device, model.bert.embeddings.word.weight
+    rng, losses, correct = np.random.default_rng(0), [], []
+    for text, encoding in zip(stretches, tokenizer.backend.encode_batch(stretches)):
+        words = []  # positions of the pieces of each masked word
+        count = len(set(encoding.word_ids) - {None})  # None: [CLS] and [SEP]
+        for i in np.flatnonzero(rng.random(count) < 0.15).tolist():
+            word = text[slice(*encoding.word_to_chars(i))]
+            first, end = encoding.word_to_tokens(i)
+            if word.isascii() and word.isalpha() and end <= model.max_length:
+                words.append(range(first, end))
+        masked = torch.tensor([i for word in words for i in word], dtype=torch.long, device=device)
+        x = torch.tensor([encoding.ids[: model.max_length]], device=device)  # (1, T)
+        x_masked = x.index_fill(1, masked, tokenizer.mask_id)
+        states = model.bert(x_masked, torch.ones_like(x, dtype=torch.bool))[0, masked]
+        logits = model.head(states, embeddings).float()  # (pieces, W)
+        piece_losses = F.cross_entropy(logits, x[0, masked], reduction="none")
+        piece_correct = logits.argmax(-1) == x[0, masked]
+        sizes = list(map(len, words))
+        losses += [word.sum().item() for word in piece_losses.split(sizes)]
+        correct += [word.all().item() for word in piece_correct.split(sizes)]
+    means = {"loss": round(np.mean(losses), 4), "accuracy": round(np.mean(correct), 4)}
+    return means | {"words": len(losses)}
+
+
+def main() -> None:
+    parser = Parser("python -m lab.held_out", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL", help="a folder with a masked-LM head, or a Hub name")
+    add("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text, also .gz and .xz")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
+    args = parser.parse_args()
+    held_out = hold_out(read_documents(args.text))[1]
+    for name in args.models:
+        folder = find_model(name)
+        model = load_bert(folder, mlm=True).to(pick_device(args.device, "off")[0])
+        row = score_held_out(model, Tokenizer(folder), held_out)
+        print(json.dumps({"model": name, **row}), flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)
