@@ -55,7 +55,7 @@ WARM_UP = 400  # steps in which the rate rises
 MASK_RATIO = 0.20
 LAST = 0.3  # share of the steps in which the rate and the larger weight of [CLS] fall to 0
 CLS_WEIGHT = (0.1, 4.0)  # of the losses of [CLS], before and in the last steps
-NEXT_WEIGHT = 0.5  # of the next row's words, beside the row's own
+NEXT_WEIGHT = 1.5  # of the next row's words, beside the row's own
 RARE = 3e-4  # a word of this frequency counts half as much in that loss as a very rare word
 WINDOW = 5  # words on each side that count as co-occurring
 
@@ -73,7 +73,7 @@ class PretrainConfig:
     model: str = ""  # take the vocabulary of this model
     layers: int = 4  # of the encoder
     hidden: int = 192  # size of a state, 64 per head
-    lr: float = 1.5e-3  # learning rate before it falls
+    lr: float = 8e-4  # learning rate before it falls
     clip: float = 1.0  # maximum norm of the gradient
     batch_size: int = 4096  # tokens of a step, without padding
     seed: int = 0  # of weights, rows, batches and masks
