@@ -85,18 +85,18 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         self.text = tuple(os.path.abspath(os.path.expanduser(path)) for path in self.text)
+        positive = ("minutes", "lr", "clip")
         at_least_1 = ("layers", "batch_size", "eval_every", "log_every")
-        checks = [
+        rules = [
             ("steps", self.steps is None or self.steps >= 1, "at least 1"),
             ("vocab", self.vocab >= 100, "at least 100"),
             ("hidden", self.hidden >= 64 and self.hidden % 64 == 0, "a multiple of 64"),
             ("hidden", self.model or self.hidden <= self.vocab, "at most --vocab"),
             ("seed", 0 <= self.seed < 2**63, "at least 0 and below 2^63"),
+            *((name, 0 < getattr(self, name) < math.inf, "positive, finite") for name in positive),
             *((name, getattr(self, name) >= 1, "at least 1") for name in at_least_1),
         ]
-        for name in ("minutes", "lr", "clip"):
-            checks.append((name, 0 < getattr(self, name) < math.inf, "positive, finite"))
-        cli.check(self, checks)
+        cli.check(self, rules)
 
     @property
     def out_dir(self) -> str:
