@@ -6,51 +6,19 @@ The first HELD_OUT paragraphs of shuffled documents, which `lab.pretrain` does n
 has the same text. Not here: languages with letters other than a to z.
 """
 
-import itertools
 import json
-import math
-from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from bert import BertForMaskedLM, load_bert
-from data import Tokenizer, read_lines
+from data import Tokenizer
 from engine.cli import Parser
 from engine.device import pick_device
-from engine.errors import UserError, run_main
+from engine.errors import run_main
 from engine.hub import find_model
-
-HELD_OUT = 1000  # paragraphs, in whole documents, that are only scored
-
-
-def read_documents(paths: Sequence[str]) -> list[list[str]]:
-    """The paragraphs of each document. In a file without empty lines, every line is a document."""
-    documents = []
-    for path in paths:
-        lines = [line.strip() for line in read_lines(Path(path))]
-        if all(lines):
-            documents += [[line] for line in lines]
-        else:
-            documents += [list(group) for full, group in itertools.groupby(lines, bool) if full]
-    return documents
-
-
-def hold_out(documents: list[list[str]]) -> tuple[list[list[str]], list[str]]:
-    """Documents to train on, and HELD_OUT paragraphs of others, or a tenth of all if that is less.
-
-    Raises: UserError if no document is left to train on.
-    """
-    order = np.random.default_rng([0, 0]).permutation(len(documents)).tolist()
-    count = min(HELD_OUT, math.ceil(sum(map(len, documents)) / 10))
-    held_out = []
-    while order and len(held_out) < count:
-        held_out += documents[order.pop(0)]
-    if not order:
-        raise UserError(f"{len(documents)} documents are too few (an empty line ends a document)")
-    return [documents[i] for i in order], held_out[:count]
+from lab.running_text import hold_out, read_documents
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""lab/pretrain.py and lab/held_out.py: text, vocabulary, rows, counting, losses, score, runs."""
+"""Pretraining: text, vocabulary, rows, counting, losses, the held-out score, runs."""
 
 import itertools
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from conftest import ROOT, one_line, read_log
 from torch.nn.utils.rnn import pad_sequence
@@ -24,7 +25,7 @@ import diffcse
 from diffcse import derive_seed
 from engine.errors import UserError
 from engine.tokens import TokenizedSentences
-from lab import held_out, pretrain
+from lab import counting, held_out, pretrain, running_text
 
 SMALL = ROOT / "assets" / "small-bert"
 WORDS = """the a of and king queen river castle ship sea old young saw built crossed near under from
@@ -48,17 +49,12 @@ def text(tmp_path) -> Path:
     return path
 
 
-def pack(documents: list[list[str]], tokenizer: Tokenizer, longest: int, seed: int) -> list:
-    lengths = map(len, tokenizer(list(itertools.chain.from_iterable(documents)), longest))
-    return pretrain.pack(documents, lengths, seed)
-
-
 @pytest.fixture
 def small(text):
     """Tokenizer and rows of that text."""
-    documents, _ = held_out.hold_out(held_out.read_documents([str(text)]))
-    tokenizer = pretrain.train_vocabulary(documents, 100)
-    return tokenizer, pretrain.Rows(pack(documents, tokenizer, 64, 0), tokenizer)
+    documents, _ = running_text.hold_out(running_text.read_documents([str(text)]))
+    tokenizer = running_text.train_vocabulary(documents, 100)
+    return tokenizer, running_text.Rows(documents, tokenizer, 0)
 
 
 @pytest.fixture
@@ -101,7 +97,7 @@ def test_empty_lines_separate_documents(tmp_path):
     (tmp_path / "a.txt").write_text("\n\none\ntwo \n\n \t\nthree\n", encoding="utf-8")
     with lzma.open(tmp_path / "b.txt.xz", "wt", encoding="utf-8") as file:
         file.write("four\nfive")  # no empty line: a list of sentences
-    documents = held_out.read_documents([str(tmp_path / "a.txt"), str(tmp_path / "b.txt.xz")])
+    documents = running_text.read_documents([str(tmp_path / "a.txt"), str(tmp_path / "b.txt.xz")])
     assert documents == [["one", "two"], ["three"], ["four"], ["five"]]
 
 
@@ -109,17 +105,17 @@ def test_empty_lines_separate_documents(tmp_path):
 def test_held_out_paragraphs_are_of_whole_documents_and_not_trained_on(sizes):
     names = itertools.count()
     documents = [[str(next(names)) for _ in range(size)] for size in sizes]
-    kept, scored = held_out.hold_out(documents)
+    kept, scored = running_text.hold_out(documents)
     assert len(scored) == min(1000, math.ceil(sum(sizes) / 10))
     touched = [document for document in documents if set(document) & set(scored)]
     assert sorted(kept + touched) == sorted(documents)  # no document in both
-    assert held_out.hold_out(documents) == (kept, scored)
+    assert running_text.hold_out(documents) == (kept, scored)
 
 
 @pytest.mark.parametrize("documents", [[], [["only one"]], [["one", "two", "three"]]])
 def test_too_little_text(documents):
     with pytest.raises(UserError) as error:
-        held_out.hold_out(documents)
+        running_text.hold_out(documents)
     assert f"{len(documents)} documents are too few" in one_line(error)
 
 
@@ -130,45 +126,41 @@ def unpack(rows: TokenizedSentences) -> list[list[int]]:
 @pytest.mark.parametrize("longest", [8, 16, 64])
 def test_rows_are_whole_sentences_in_order_within_a_document(small, text, monkeypatch, longest):
     tokenizer, _ = small
-    monkeypatch.setattr(pretrain, "MAX_LENGTH", longest)
-    documents = held_out.read_documents([str(text)])
-    documents += [["x " * 300], ["One two."] * 40, []]
-    packed = pack(documents, tokenizer, longest, seed=4)
+    monkeypatch.setattr(running_text, "MAX_LENGTH", longest)
+    documents = running_text.read_documents([str(text)])
+    documents += [["x " * 300], ["One two."] * 40, ["Alone."], []]
+    made = running_text.Rows(documents, tokenizer, seed=4)
     # No row has sentences of two documents, or would have had space for the next sentence
-    count = sum(map(len, packed))
-    limits = iter(np.random.default_rng([4, 3]).integers(longest // 4, longest + 1, count))
-    for sentences, rows in zip(documents, packed, strict=True):
-        lengths, remaining = [len(ids) - 2 for ids in tokenizer(sentences, longest)], iter(rows)
-        sentences = list(sentences)
+    limits = iter(np.random.default_rng([4, 3]).integers(longest // 4, longest + 1, len(made)))
+    expected, following = [], []
+    for document in documents:
+        lengths, sentences = [len(i) - 2 for i in tokenizer(document, longest)], list(document)
+        rows = []
         while sentences:
             row, space = [sentences.pop(0)], next(limits) - 2 - lengths.pop(0)
             while sentences and lengths[0] <= space:
                 row.append(sentences.pop(0))
                 space -= lengths.pop(0)
-            assert next(remaining) == " ".join(row)
-        assert next(remaining, None) is None
-    made = pretrain.Rows(packed, tokenizer)
-    expected = [row for rows in packed for row in rows]
+            rows.append(" ".join(row))
+        expected += rows
+        following += [*rows[1:], *rows[-1:]]
     assert unpack(made) == tokenizer(expected, longest)
-    following = [i for rows in packed for i in [*rows[1:], *rows[-1:]]]
-    assert [expected[i] for i in made.following] == following
+    assert [expected[i] for i in made.following] == following and next(limits, None) is None
 
 
-@pytest.mark.parametrize("longest", [64, 40])
-def test_batches_have_every_row_once_per_epoch(small, longest):
-    rows, cfg = small[1], pretrain.PretrainConfig(batch_size=300, seed=3)
-    lengths = np.diff(rows.starts)
-    expected = np.flatnonzero(lengths <= longest).tolist()
-    drawn, batches = rows.draw(longest, cfg), []
+def test_batches_have_every_row_once_per_epoch(small):
+    rows = small[1]
+    lengths, expected = np.diff(rows.starts), list(range(len(rows)))
+    drawn, batches = rows.draw(300, seed=3), []
     while sum(map(len, batches)) < len(expected):
         batches.append(next(drawn))
     assert sorted(np.concatenate(batches)) == expected
     sizes = [lengths[batch].sum() for batch in batches]
-    assert max(sizes) < 300 + 2 * longest and np.median(sizes) > 250
+    assert max(sizes) < 300 + 2 * 64 and np.median(sizes) > 250
     padded = [len(batch) * lengths[batch].max() for batch in batches]
     assert sum(padded) < 1.05 * sum(sizes)
     assert abs(np.corrcoef([lengths[b].mean() for b in batches], range(len(batches)))[0, 1]) < 0.4
-    again = list(itertools.islice(rows.draw(longest, cfg), 2 * len(batches)))
+    again = list(itertools.islice(rows.draw(300, seed=3), 2 * len(batches)))
     assert all(np.array_equal(a, b) for a, b in zip(batches, again))
     second = again[len(batches) :]  # another epoch, another order
     assert [batch.tolist() for batch in second] != [batch.tolist() for batch in batches]
@@ -213,16 +205,18 @@ def test_positive_pmi_equals_counting_by_hand(small):
         chance = (of_word[a] / total) * (of_word[b] ** 0.75 / smoothed)
         expected[a, b] = max(0, math.log(n / total / chance))
     assert (expected > 0).sum() > 50
-    np.testing.assert_allclose(pretrain.positive_pmi(rows, tokenizer), expected, atol=1e-5)
+    np.testing.assert_allclose(counting.positive_pmi(rows, tokenizer), expected, atol=1e-5)
 
 
 def test_a_new_model_starts_from_the_counts(small):
     tokenizer, rows = small
     torch.manual_seed(0)
-    model = pretrain.new_model(rows, tokenizer, layers=1, hidden=64)
+    vectors = counting.word_vectors(rows, tokenizer, 64)
+    log_frequency = counting.log_frequency(rows, tokenizer)
+    model = pretrain.new_model(vectors, log_frequency, pad_id=0, layers=1)
     words = model.bert.embeddings.word.weight.detach().double()
     assert words.std().item() == pytest.approx(0.05, rel=0.01)
-    U, S, _ = torch.linalg.svd(pretrain.positive_pmi(rows, tokenizer).double())  # the exact one
+    U, S, _ = torch.linalg.svd(counting.positive_pmi(rows, tokenizer).double())  # the exact one
     expected = U[:, :64] @ S[:64].diag() @ U[:, :64].T  # the inner products of U sqrt(S)
     products = words @ words.T
     products, expected = products / products.norm(), expected / expected.norm()
@@ -236,10 +230,10 @@ def test_a_new_model_starts_from_the_counts(small):
 def test_word_weights_fall_with_frequency():
     tokenizer = Tokenizer(SMALL)
     texts = [("the the the cat",), ("the dog the ☃",)]
-    weights = pretrain.word_weights(TokenizedSentences(texts, tokenizer, 40), tokenizer)
+    weights = counting.word_weights(TokenizedSentences(texts, tokenizer, 40), tokenizer)
     ids = [tokenizer.vocabulary()[word] for word in ("the", "cat", "house")]
     assert weights[tokenizer.special_ids].tolist() == [0] * 5
-    rare = pretrain.RARE  # 7 words that are not special tokens; 5 of them are "the"
+    rare = counting.RARE  # 7 words that are not special tokens; 5 of them are "the"
     expected = [rare / (rare + 5 / 7), rare / (rare + 1 / 7), 1]
     np.testing.assert_allclose(weights[ids], expected, rtol=1e-6)
 
@@ -260,28 +254,38 @@ def test_losses_equal_transformers_and_a_loop(theirs):
     batch = make_batch(rows, tokenizer, following)
     weights = torch.rand(tokenizer.vocab_size, generator=torch.Generator().manual_seed(1))
     weights[special] = 0
-    training = pretrain.Pretraining(pretrain.PretrainConfig(), model, weights)
-    assert training.cls_weight == pretrain.CLS_WEIGHT[0]
-    training.cls_weight = 0.5
+    vectors = torch.randn(model.bert.embeddings.word.weight.shape)
+    training = pretrain.Pretraining(pretrain.PretrainConfig(), model, vectors, weights)
+    assert torch.equal(training.cls_bias, model.head.bias)  # log frequencies, at first
+    for p in (training.cls_bias, *training.cls_head.parameters()):
+        p.data += 0.1 * torch.randn(p.shape)
     loss, metrics = training(batch)
     x, mask = (t[::2, : batch.width] for t in (batch.x, batch.mask))
     x_masked, selected = batch.x_masked, batch.selected
     labels = torch.where(selected, x, -100)
     out = theirs(input_ids=x_masked, attention_mask=mask.long(), labels=labels)
-    log_p, expected = out.logits[:, 0].log_softmax(-1), {"mlm": out.loss}
+    states = theirs.bert(x_masked, attention_mask=mask.long()).last_hidden_state[:, 0]
+    dense, _, norm, out_layer = training.cls_head
+    states = F.gelu(states @ dense.weight.T + dense.bias)
+    spread = (states.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+    states = (states - states.mean(-1, keepdim=True)) / spread * norm.weight + norm.bias
+    fixed = pretrain.VECTOR_LENGTH * vectors / vectors.norm(dim=1, keepdim=True)
+    logits = (states @ out_layer.weight.T + out_layer.bias) @ fixed.T + training.cls_bias
+    log_p = logits.log_softmax(-1)
+    expected = {"mlm": out.loss}
     for name, told in {"cls": rows, "next": following}.items():
         words = [(i, t) for i, row in enumerate(told) for t in row if t not in special]
         total = sum(weights[token] for _, token in words)
         expected[name] = -sum(weights[word[1]] * log_p[word] for word in words) / total
-    told = expected["cls"] + pretrain.NEXT_WEIGHT * expected["next"]
-    expected["loss"] = out.loss + 0.5 * told
+    expected["loss"] = out.loss + 0.1 * expected["cls"] + 0.15 * expected["next"]
     for name, value in expected.items():
-        assert metrics[name][0].item() == pytest.approx(value.item(), abs=1e-5)
+        assert metrics[name][0].item() == pytest.approx(value.item(), rel=1e-6, abs=1e-5)
         assert metrics[name][1] == 1
     assert loss.item() == metrics["loss"][0].item()
     ours, others = model.bert, theirs.bert
     a, b = ours.embeddings.word.weight, others.embeddings.word_embeddings.weight
     c, d = ours.layers[0].up.weight, others.encoder.layer[0].intermediate.dense.weight
+    assert "vectors" not in dict(training.named_parameters())
     gradients = torch.autograd.grad(loss, (a, c))
     for x, y in zip(gradients, torch.autograd.grad(expected["loss"], (b, d))):
         np.testing.assert_allclose(x, y, atol=1e-5)
@@ -294,9 +298,10 @@ def test_losses_equal_transformers_and_a_loop(theirs):
 def test_a_step_clips_the_gradient_and_decays_matrices(small):
     tokenizer, rows = small
     torch.manual_seed(0)
-    mlm = pretrain.new_model(rows, tokenizer, layers=1, hidden=64)
+    vectors = torch.randn(100, 64)
+    mlm = pretrain.new_model(vectors, torch.zeros(100), pad_id=0, layers=1)
     cfg = pretrain.PretrainConfig(clip=0.5)
-    model = pretrain.Pretraining(cfg, mlm, torch.rand(100))
+    model = pretrain.Pretraining(cfg, mlm, vectors, torch.rand(100))
     x, mask = rows.rows(np.arange(8))
     batch = make_batch([row[m].tolist() for row, m in zip(x, mask)], tokenizer)
     named = dict(model.named_parameters())
@@ -326,24 +331,21 @@ def make_run(monkeypatch):
     return make_run
 
 
-def test_the_schedule(make_run):
+def test_the_learning_rate(make_run):
     run, found = make_run(steps=10_000, lr=2.0), {}
     for run.step in (0, 99, 399, 400, 6999, 7001, 8500, 9999):
-        found[run.step] = run.schedule()
-    rates, weights = zip(*found.values())
-    assert rates == pytest.approx([2 / 400, 0.5, 2, 2, 2, 2 * 2999 / 3000, 1, 2 / 3000])
-    small, large = pretrain.CLS_WEIGHT
-    last = [large * 2999 / 3000, large / 2, large / 3000]
-    assert weights == pytest.approx([small] * 5 + last)
+        found[run.step] = run.lr()
+    expected = [2 / 400, 0.5, 2, 2, 2, 2 * 2999 / 3000, 1, 2 / 3000]
+    assert list(found.values()) == pytest.approx(expected)
     run = make_run(lr=2.0)
     run.step = 10**6
-    assert run.schedule() == (2, small)
+    assert run.lr() == 2
 
 
 @pytest.mark.parametrize("step", [*range(1, 60), 12_345, 54_321])
 def test_steps_fixed_by_the_clock_change_nothing_before(make_run, step):
     """So a run with --minutes equals the run with the --steps that it prints."""
-    run, small = make_run(minutes=10, lr=1.0), pretrain.CLS_WEIGHT[0]
+    run = make_run(minutes=10, lr=1.0)
     run.step, run.earlier_seconds = step, 419.0 - run.seconds()
     run.fix_total()
     assert run.total is None
@@ -352,7 +354,7 @@ def test_steps_fixed_by_the_clock_change_nothing_before(make_run, step):
     assert run.total == round(step / 0.7)
     fixed = run.total
     for run.step in (step - 1, max(step - 7, 0)):
-        assert run.schedule() == (min((run.step + 1) / 400, 1), small)
+        assert run.lr() == min((run.step + 1) / 400, 1)
     run.step += 1000
     run.fix_total()
     assert run.total == fixed
@@ -465,7 +467,6 @@ def test_a_stopped_run_is_resumed_exactly_and_minutes_equal_steps(
         expected = pretrain.mask_words(batch.x[::2, : batch.width], tokenizer, continues, rng)
         assert torch.equal(batch.x_masked, expected[0])
         assert batch.width == batch.mask[::2].sum(1).max() and batch.views == 2
-        assert number < 21 or batch.width <= pretrain.SINGLE_LENGTH
 
 
 def test_a_resumed_run_needs_the_same_text(tmp_path, run, command, text):
@@ -495,7 +496,7 @@ def test_a_run_takes_the_vocabulary_of_another_model(tmp_path, run):
 def test_the_vocabulary_is_the_same_every_time(text):
     """The library alone breaks ties at random."""
     documents = [[row, "Ünïcödé ☃ 漢字 naïve"] for row in make_paragraphs(100)]
-    found = [pretrain.train_vocabulary(documents, 120).vocabulary() for _ in range(5)]
+    found = [running_text.train_vocabulary(documents, 120).vocabulary() for _ in range(5)]
     assert all(vocabulary == found[0] for vocabulary in found)
     words = sorted(found[0], key=found[0].get)
     assert words[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] and len(words) == 120
@@ -548,7 +549,7 @@ def test_nothing_but_an_empty_folder_is_written_to(tmp_path, run, command):
 
 def test_models_are_scored(text, tmp_path, command):
     model, tokenizer = load_bert(SMALL, mlm=True), Tokenizer(SMALL)
-    paragraphs = held_out.hold_out(held_out.read_documents([str(text)]))[1]
+    paragraphs = running_text.hold_out(running_text.read_documents([str(text)]))[1]
     expected = [{"model": str(SMALL), **held_out.score_held_out(model, tokenizer, paragraphs)}]
     with torch.no_grad():
         model.head.bias += torch.randn(len(model.head.bias))
