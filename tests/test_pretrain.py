@@ -252,13 +252,14 @@ def test_losses_equal_transformers_and_a_loop(theirs):
     rows, special = tokenizer(texts, 40), tokenizer.special_ids
     following = tokenizer(["Next.", "a longer next row " * 20, "", "guitar cat", "y"], 64)
     batch = make_batch(rows, tokenizer, following)
-    weights = torch.rand(tokenizer.vocab_size, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(1)
+    weights = torch.rand(tokenizer.vocab_size)
     weights[special] = 0
     vectors = torch.randn(model.bert.embeddings.word.weight.shape)
     training = pretrain.Pretraining(pretrain.PretrainConfig(), model, vectors, weights)
     assert torch.equal(training.cls_bias, model.head.bias)  # log frequencies, at first
     for p in (training.cls_bias, *training.cls_head.parameters()):
-        p.data += 0.1 * torch.randn(p.shape)
+        p.data += 0.02 * torch.randn(p.shape)
     loss, metrics = training(batch)
     x, mask = (t[::2, : batch.width] for t in (batch.x, batch.mask))
     x_masked, selected = batch.x_masked, batch.selected
@@ -288,7 +289,7 @@ def test_losses_equal_transformers_and_a_loop(theirs):
     assert "vectors" not in dict(training.named_parameters())
     gradients = torch.autograd.grad(loss, (a, c))
     for x, y in zip(gradients, torch.autograd.grad(expected["loss"], (b, d))):
-        np.testing.assert_allclose(x, y, atol=1e-5)
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
     batch.x = batch.x.where(torch.isin(batch.x, torch.tensor(special)), tokenizer.unk_id)
     assert training(batch)[1]["cls"][0].item() == 0  # no weight: not NaN
     batch.selected[:] = False
