@@ -4,7 +4,6 @@
     python -m lab.analysis retrieval    MODEL...                                       # Table 10
     python -m lab.analysis uniformity   MODEL...                                       # Table 11
     python -m lab.analysis distribution MODEL... --out results/figures/distribution    # Figure 2
-    python -m lab.analysis ratings      MODEL... --out results/figures/ratings  # rating and cosine
 
 They use the STS-B test set, 1,379 pairs. MODEL and the other flags are eval_sts.py's.
 
@@ -141,9 +140,7 @@ COMMANDS = {
     "retrieval": (run_retrieval, "Table 10: recall of the other sentence of a pair rated 5.0"),
     "uniformity": (run_uniformity, "Table 11: alignment and uniformity"),
     "distribution": (run_cosines, "Figure 2: distribution of the cosine by human rating"),
-    "ratings": (run_cosines, "human rating against cosine, a point for each pair"),
 }
-PLOTS = {"distribution": plots.plot_ridges, "ratings": plots.plot_ratings}
 
 
 def parse_args() -> argparse.Namespace:
@@ -160,7 +157,7 @@ def parse_args() -> argparse.Namespace:
             add("--top-k", type=positive_int, default=3, help="(default: 3)")
         if name == "uniformity":
             add("--threshold", type=float, default=4, help="of positive pairs (default: 4)")
-        if name in PLOTS:
+        if name == "distribution":
             add("--out", required=True, metavar="FILE", help="without suffix: FILE.png, FILE.svg")
             add("--labels", nargs="+", metavar="LABEL", help="titles (default: the models' names)")
             command.set_defaults(drawn=[])
@@ -173,7 +170,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    if args.command in PLOTS:
+    if args.command == "distribution":
         plots.load_pyplot()  # is matplotlib installed?
     pairs = load_set("STSB", find_senteval(args.data))
     titles, reports = [], []
@@ -182,9 +179,9 @@ def main() -> None:
         print(f"{name} ({pooling}): {text}", flush=True)
         titles.append(Path(name).name + f"\n{pooling}" * (len(args.pooler) > 1))
         reports.append({"model": name, "pooler": pooling, "command": args.command, **numbers})
-    if args.command in PLOTS:
+    if args.command == "distribution":
         panels = [(title, *drawn) for title, drawn in zip(args.labels or titles, args.drawn)]
-        plots.save(PLOTS[args.command](panels), args.out)
+        plots.save(plots.plot_ridges(panels), args.out)
     if args.json:
         write_atomically(args.json, "".join(json.dumps(report) + "\n" for report in reports))
 

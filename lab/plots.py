@@ -124,16 +124,6 @@ def group_ratings(ratings: np.ndarray) -> tuple[np.ndarray, list[str]]:
     return groups, [f"{a:.3g}-{b:.3g}" for a, b in zip(edges, edges[1:])]
 
 
-def figure_of_panels(panels: list[Panel]):
-    """A figure, and an axis for each panel, side by side."""
-    fig, (axes,) = figure(columns=len(panels), height=2.6)
-    for axis, (title, _, _) in zip(axes, panels):
-        axis.set(xlabel="cosine similarity", ylabel="human rating")
-        axis.set_title(title, fontsize=8)
-        axis.label_outer()
-    return fig, axes
-
-
 def plot_ridges(panels: list[Panel], lowest: float = 1):
     """The distribution of the cosine in each group of ratings, and its median.
 
@@ -141,8 +131,11 @@ def plot_ridges(panels: list[Panel], lowest: float = 1):
     """
     edges = np.linspace(min(lowest, *(cosines.min() for _, cosines, _ in panels)), 1, 31)
     middles = (edges[1:] + edges[:-1]) / 2
-    fig, axes = figure_of_panels(panels)
-    for axis, (_, cosines, ratings) in zip(axes, panels):
+    fig, (axes,) = figure(columns=len(panels), height=2.6)
+    for axis, (title, cosines, ratings) in zip(axes, panels):
+        axis.set(xlabel="cosine similarity", ylabel="human rating")
+        axis.set_title(title, fontsize=8)
+        axis.label_outer()
         groups, names = group_ratings(ratings)
         in_group = [np.minimum(cosines[groups == i], 1) for i in range(5)]  # rounding exceeds 1
         densities = [np.histogram(c, edges)[0] / max(1, len(c)) for c in in_group]
@@ -154,14 +147,6 @@ def plot_ridges(panels: list[Panel], lowest: float = 1):
                 axis.plot([np.median(c)] * 2, [i, i + 0.25], color="black", linestyle="-", lw=2)
         axis.grid(axis="y", visible=False)
         axis.set_yticks(range(5), names)
-    return fig
-
-
-def plot_ratings(panels: list[Panel]):
-    """Rating against cosine, a point for each pair."""
-    fig, axes = figure_of_panels(panels)
-    for axis, (_, cosines, ratings) in zip(axes, panels):
-        axis.scatter(cosines, ratings, s=3, color="black", alpha=0.25, linewidths=0)
     return fig
 
 

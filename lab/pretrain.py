@@ -41,14 +41,7 @@ from engine.hub import find_model
 from engine.run import Run
 from lab.counting import log_frequency, word_vectors, word_weights
 from lab.held_out import score_held_out
-from lab.running_text import (
-    MAX_LENGTH,
-    Rows,
-    hold_out,
-    read_documents,
-    split_sentences,
-    train_vocabulary,
-)
+from lab.running_text import MAX_LENGTH, Rows, hold_out, read_documents, train_vocabulary
 
 WARM_UP = 400  # steps in which the rate rises
 MASK_RATIO = 0.20
@@ -111,16 +104,8 @@ def new_model(vectors: Tensor, log_frequency: Tensor, pad_id: int, layers: int) 
     training; here the model stays in eval mode.
     """
     W, D = vectors.shape
-    cfg = BertConfig(
-        vocab_size=W,
-        hidden_size=D,
-        num_hidden_layers=layers,
-        num_attention_heads=D // 64,
-        intermediate_size=4 * D,
-        max_position_embeddings=2 * MAX_LENGTH,
-        pad_token_id=pad_id,
-    )
-    model = BertForMaskedLM(cfg)
+    more = {"max_position_embeddings": 2 * MAX_LENGTH, "pad_token_id": pad_id}
+    model = BertForMaskedLM(BertConfig("bert", W, D, layers, D // 64, 4 * D, **more))
     with torch.no_grad():
         model.bert.embeddings.word.weight.copy_(0.05 * vectors / vectors.std())
         model.head.bias.copy_(log_frequency)
@@ -256,8 +241,7 @@ def train(cfg: PretrainConfig, name: str) -> None:
             tokenizer = Tokenizer(find_model(cfg.model))
         else:
             tokenizer = train_vocabulary(documents, cfg.vocab)
-        sentences = [[s for p in document for s in split_sentences(p)] for document in documents]
-        rows = Rows(sentences, tokenizer, cfg.seed)
+        rows = Rows(documents, tokenizer, cfg.seed)
         torch.manual_seed(cfg.seed)
         vectors = word_vectors(rows, tokenizer, cfg.hidden)
         mlm = new_model(vectors, log_frequency(rows, tokenizer), tokenizer.pad_id, cfg.layers)

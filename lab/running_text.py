@@ -146,7 +146,8 @@ class Rows(TokenizedSentences):
     """
 
     def __init__(self, documents: list[list[str]], tokenizer: Tokenizer, seed: int):
-        """documents: the sentences of each."""
+        """documents: the paragraphs of each."""
+        documents = [[s for p in document for s in split_sentences(p)] for document in documents]
         sentences = ((sentence,) for document in documents for sentence in document)
         super().__init__(sentences, tokenizer, MAX_LENGTH, views=1)
         rng, lengths = np.random.default_rng([seed, 3]), iter(np.diff(self.starts) - 2)

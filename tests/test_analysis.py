@@ -97,10 +97,9 @@ def test_commands_print_and_write_the_same_numbers(made, tmp_path, command):
     model.build_index(list(dict.fromkeys(left + right)))
     assert [name for name, _ in row[query]] == [s for s, _ in model.search(query, top_k=2)]
     assert all(f"{cosine:.2f}  {text}" in out for text, cosine in row[query])
-    for name in ("distribution", "ratings"):
-        out, (row,) = run(name, SMALL, "--data", made, "--out", tmp_path / name)
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert "<svg" in (tmp_path / f"{name}.svg").read_text()
+    out, (row,) = run("distribution", SMALL, "--data", made, "--out", tmp_path / "plot")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "plot.svg").read_text()
     u, v = (model.encode(side, return_numpy=True).astype(np.float64) for side in (left, right))
     bins = binned_statistic(ratings, (u * v).sum(1), "mean", bins=5)
     means = [value["mean"] for key, value in row.items() if "-" in key and isinstance(value, dict)]
@@ -117,8 +116,8 @@ def test_commands_print_and_write_the_same_numbers(made, tmp_path, command):
         (["neighbours", SMALL, "--top-k", "0"], "--top-k: '0' is not a positive integer"),
         (["retrieval", SMALL, "--data", "/no/such"], "no folder STS"),
         (["uniformity", SMALL, "--threshold", "50"], "no pair is rated above 50"),
-        (["ratings", SMALL], "required: --out"),
-        (["ratings", SMALL, "--out", "x", "--labels", "a", "b"], "2 labels for 1 panels"),
+        (["distribution", SMALL], "required: --out"),
+        (["distribution", SMALL, "--out", "x", "--labels", "a", "b"], "2 labels for 1 panels"),
     ],
 )
 def test_mistakes_are_one_line(made, command, words, message):
@@ -243,10 +242,7 @@ def test_ridges_are_the_densities_of_the_groups():
     assert len(fig.axes[1].lines) == 5 + 3  # an empty group has no median
     assert [text.get_text() for text in fig.axes[0].get_yticklabels()] == names
     assert [axis.get_title() for axis in fig.axes] == ["x", "y"]
-    fig = plots.plot_ratings(panels)
-    for axis, (title, *data) in zip(fig.axes, panels, strict=True):
-        assert np.allclose(axis.collections[0].get_offsets(), np.stack(data, 1))
-        assert (axis.get_title(), axis.get_xlabel()) == (title, "cosine similarity")
+    assert [axis.get_xlabel() for axis in fig.axes] == ["cosine similarity"] * 2
     assert [axis.get_ylabel() for axis in fig.axes] == ["human rating", ""]
 
 

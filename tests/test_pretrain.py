@@ -134,6 +134,7 @@ def test_rows_are_whole_sentences_in_order_within_a_document(small, text, monkey
     limits = iter(np.random.default_rng([4, 3]).integers(longest // 4, longest + 1, len(made)))
     expected, following = [], []
     for document in documents:
+        document = [s for paragraph in document for s in running_text.split_sentences(paragraph)]
         lengths, sentences = [len(i) - 2 for i in tokenizer(document, longest)], list(document)
         rows = []
         while sentences:
