@@ -455,11 +455,7 @@ def train(cfg: Config, name: str = "run", model_class: type[DiffCSEModel] = Diff
                 run.log_scores(scores, score.name)
                 if run.is_best(scores):
                     run.save_best(scores)
-            stop = run.stop_requested()  # Ctrl-C or SIGTERM
-            if run.save_due() or stop:
-                run.save()
-            if stop:
-                run.exit()
+            run.save_or_stop()  # on Ctrl-C or SIGTERM
 
         if not distributed.is_main():
             return {"config": run.name}

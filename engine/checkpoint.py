@@ -66,16 +66,28 @@ def new_folder(out_dir: str, name: str) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create {folder}: {error.strerror}") from None
+    if not (folder / "config.json").exists():  # not a run's: do not even lock it
+        check_empty(folder)
     with locked(folder):
-        files = {f.name for f in folder.iterdir() if f.name != LOCK and f.suffix != ".tmp"}
-        if "config.json" in files and "results.json" not in files:
-            raise UserError(
-                f"{folder} has an unfinished run; resume it with: {program()} "
-                f"--resume {folder}, or use another folder"
-            )
-        if files:
-            raise UserError(f"{folder} is not empty; delete it, or use another folder")
-        yield folder
+        check_empty(folder)
+        try:
+            yield folder
+        finally:  # delete it if nothing was written
+            with contextlib.suppress(OSError):
+                if [file.name for file in folder.iterdir()] == [LOCK]:
+                    (folder / LOCK).unlink()
+                    folder.rmdir()
+
+
+def check_empty(folder: Path) -> None:
+    files = {f.name for f in folder.iterdir() if f.name != LOCK and f.suffix != ".tmp"}
+    if "config.json" in files and "results.json" not in files:
+        raise UserError(
+            f"{folder} has an unfinished run; resume it with: {program()} "
+            f"--resume {folder}, or use another folder"
+        )
+    if files:
+        raise UserError(f"{folder} is not empty; delete it, or use another folder")
 
 
 def save_state(folder: Path, tensors: dict[str, Tensor], run_state: dict) -> None:

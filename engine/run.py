@@ -4,6 +4,7 @@
         config.json        settings; --resume refuses others
         log.jsonl          one line per log_every steps and per evaluation
         best/              the best model so far, for embed.py, sentence-transformers, transformers
+                           (lab.pretrain: the last one evaluated)
         state.safetensors  the state from which a run resumes exactly, with a copy of log.jsonl and
                            best/; deleted at the end
         results.json       written last: a run that has it is finished
@@ -31,7 +32,6 @@ from tqdm import tqdm
 
 from engine import distributed
 from engine.checkpoint import (
-    LOCK,
     STATE,
     Metrics,
     checksums,
@@ -147,7 +147,6 @@ class Run:
         if (self.folder / "results.json").is_file():
             finished = f"{self.folder} is a finished run: it has a results.json"
             raise UserError(finished + near_runs(self.folder))
-        self.stop = self.stack.enter_context(Stop())
 
     def begin(
         self, model, optimizer, scaler, sentences: TokenizedSentences, score, total: int
@@ -172,6 +171,7 @@ class Run:
         self.model, self.optimizer, self.scaler, self.total = model, optimizer, scaler, total
         if not self.folder:
             self.take_folder()
+        self.stop = self.stack.enter_context(Stop())
         tensors, state = load_state(self.folder)
         if tensors and "checksums" not in state:
             raise UserError(f"{self.folder} is a run of an earlier version; start a new one")
@@ -210,13 +210,16 @@ class Run:
         sizes["total"] = self.total and self.total * cfg.batch_size
         self.bar = tqdm(**sizes, unit_scale=True, disable=None)
         self.stack.callback(self.bar.close)
+        self.logged = time.monotonic()
 
     def check_unchanged(self, state: dict) -> None:
         """Raises: UserError if something that the run reads again is not what it was."""
         for name, value in self.checksums.items():
             if state.get("checksums", {}).get(name, value) != value:
+                given = getattr(self.cfg, name)
+                given = " ".join(given) if isinstance(given, tuple) else given
                 raise UserError(
-                    f"{flag(name)} {getattr(self.cfg, name)} is not what {self.folder} started "
+                    f"{flag(name)} {given} is not what {self.folder} started "
                     "with, so the run cannot be resumed exactly (a file of pairs keeps its name)"
                 )
         if state.get("settings", self.settings) != self.settings:
@@ -252,13 +255,12 @@ class Run:
         )
 
     def discard(self) -> None:
-        """Delete a run that ended before its first step: its folder would refuse the next one."""
+        """Empty the folder of a run that ended before its first step. new_folder deletes it."""
         if self.step == 0 and self.is_in_place():
             self.log_file.close()
             with contextlib.suppress(OSError):  # the folder stays if it has other files
-                for name in ("config.json", "log.jsonl", STATE, LOCK):
+                for name in ("config.json", "log.jsonl", STATE):
                     (self.folder / name).unlink(missing_ok=True)
-                self.folder.rmdir()
 
     def seconds(self) -> float:
         return round(self.earlier_seconds + time.monotonic() - self.began, 1)
@@ -379,6 +381,14 @@ class Run:
         """Whether Ctrl-C or SIGTERM has reached any process."""
         self.stop.signal = distributed.all_reduce_max(self.stop.signal)
         return self.stop.signal > 0
+
+    def save_or_stop(self) -> None:
+        """Save if it is time. After Ctrl-C or SIGTERM, save and end the process."""
+        stop = self.stop_requested()
+        if self.save_due() or stop:
+            self.save()
+        if stop:
+            self.exit()
 
     def exit(self) -> None:
         """End the process after a request to stop, once the main process has saved."""

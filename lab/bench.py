@@ -1,7 +1,6 @@
 """How fast: ours against the same work on transformers and sentence-transformers.
 
     python -m lab.bench step                        # a training step, against transformers
-    python -m lab.bench fast                        # engine/fast.py: all operations but one
     python -m lab.bench encode MODEL                # 1,000 sentences of Wikipedia
     python -m lab.bench evaluate MODEL --data DIR   # a score during training: STS-B dev
 
@@ -39,7 +38,7 @@ from engine.errors import run_main, write_atomically
 from engine.hub import find_model
 from engine.model_folder import load_model
 from eval_sts import make_score
-from lab.steps import OPERATIONS, READINGS, SIZES, TEXT, step_side
+from lab.steps import READINGS, SIZES, TEXT, step_side
 from lab.tables import format_table
 
 # ------------------------------------------------------------------------------------------------
@@ -116,8 +115,7 @@ def make_table(rows: list[dict]) -> str:
 
 
 def bench_step(args: Namespace) -> list[dict]:
-    sides = ["fast on", "fast off", *["compiled"] * args.compile, "transformers"]
-    names, cases = (OPERATIONS if args.command == "fast" else sides), []
+    names, cases = ["fast on", "fast off", *["compiled"] * args.compile, "transformers"], []
     for size, reading, amp in itertools.product(args.sizes, READINGS, args.amps):
         labels = {"size": size, "reading": reading, "amp": amp}
         settings = labels | {"device": args.device, "steps": args.steps}
@@ -185,8 +183,7 @@ def bench_evaluate(args: Namespace) -> list[dict]:
     return compare([({}, sides)], args.rounds)
 
 
-COMMANDS = {"step": bench_step, "fast": bench_step}
-COMMANDS |= {"encode": bench_encode, "evaluate": bench_evaluate}
+COMMANDS = {"step": bench_step, "encode": bench_encode, "evaluate": bench_evaluate}
 
 
 def main() -> None:
@@ -196,10 +193,10 @@ def main() -> None:
     add("model", metavar="MODEL", nargs="?", help="of encode and evaluate: a folder or Hub name")
     add("--data", metavar="DIR", default="", help="of evaluate: SentEval's data")
     add("--sentences", type=positive_int, default=1000, help="of encode (default: 1000)")
-    add("--sizes", type=comma_list(list(SIZES)), default="mini,minilm", help="of step and fast")
+    add("--sizes", type=comma_list(list(SIZES)), default="mini,minilm", help="of step")
     add("--amps", type=comma_list(["off", "bf16", "fp16"]), default="off,bf16", help="as --sizes")
     add("--steps", type=positive_int, default=3, help="as --sizes: per round (default: 3)")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="of step and fast")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="of step")
     add("--compile", action="store_true", help="of step: also ours with torch.compile")
     add("--rounds", type=positive_int, default=5, help="(default: 5)")
     add("--json", metavar="FILE", help="also write every number")

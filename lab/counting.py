@@ -1,6 +1,6 @@
 """What counting the words of a text says about them: vectors and weights, without training.
 
-A sentence's vector is then the weighted mean of its words' vectors (SIF, Arora et al. 2017).
+SIF (Arora et al. 2017) makes a sentence's vector of them: the weighted mean of its words' vectors.
 """
 
 import numpy as np
@@ -8,21 +8,23 @@ import torch
 from torch import Tensor
 
 from data import Tokenizer
+from engine.errors import UserError
 from engine.tokens import TokenizedSentences
 
 RARE = 3e-4  # a word of this frequency weighs half as much as a very rare one
 WINDOW = 5  # words on each side that count as co-occurring
+MAX_TOKENS = 20_000_000  # from the text's start, in which pairs of words are counted
 
 
 def positive_pmi(rows: TokenizedSentences, tokenizer: Tokenizer) -> Tensor:
     """How much more often than by chance two words occur within WINDOW. Shapes: -> (W, W).
 
-    max(0, log p(a, b) / p(a) p(b)), with the context's p(b) smoothed by the power 0.75, without
-    special tokens, of the first 20 million tokens. Takes 12 W^2 bytes, 0.8 GB for 8,192 words.
+    max(0, log(p(a, b) / (p(a) p(b)))), with the context's p(b) smoothed by the power 0.75, without
+    special tokens. Takes 12 W^2 bytes, 0.8 GB for 8,192 words.
     """
     W = tokenizer.vocab_size
-    ids = rows.ids[:20_000_000].astype(np.int64)
-    row = np.repeat(np.arange(len(rows)), np.diff(rows.starts))[: len(ids)]
+    ids = rows.ids[:MAX_TOKENS].astype(np.int64)
+    row = np.searchsorted(rows.starts, np.arange(len(ids)), side="right")  # of each token
     is_word = ~np.isin(ids, tokenizer.special_ids)
     counts = np.zeros(W * W, np.float32)
     for distance in range(1, WINDOW + 1):
@@ -33,17 +35,21 @@ def positive_pmi(rows: TokenizedSentences, tokenizer: Tokenizer) -> Tensor:
     counts = counts + counts.T
     p_a = counts.sum(1) / counts.sum()
     p_b = counts.sum(0).pow(0.75) / counts.sum(0).pow(0.75).sum()
-    chance = (p_a[:, None] * p_b).clamp_min(1e-30)  # where it is 0, so is the count
-    return (counts / counts.sum() / chance).clamp_(min=1).log_()
+    chance = (p_a[:, None] * p_b).clamp_min_(1e-30)  # where it is 0, so is the count
+    return counts.div_(counts.sum()).div_(chance).clamp_(min=1).log_()
 
 
 def word_vectors(rows: TokenizedSentences, tokenizer: Tokenizer, size: int) -> Tensor:
     """U sqrt(S) of the PMI's SVD (Levy and Goldberg 2014), rotated at random. Shapes: -> (W, size).
 
-    The rotation makes all coordinates equally strong.
+    The rotation makes all coordinates equally strong. Raises: UserError for a text of a few words.
     """
-    q = min(size + 32, tokenizer.vocab_size)
-    U, S, _ = torch.svd_lowrank(positive_pmi(rows, tokenizer), q=q, niter=4)
+    pmi, q = positive_pmi(rows, tokenizer), min(size + 32, tokenizer.vocab_size)
+    if not (pmi > 0).any():  # nor if it is NaN
+        raise UserError(
+            "--text is too short: no two words occur together more often than by chance"
+        )
+    U, S, _ = torch.svd_lowrank(pmi, q=q, niter=4)
     rotation = torch.linalg.qr(torch.randn(size, size))[0]
     return (U * S.sqrt())[:, :size] @ rotation
 

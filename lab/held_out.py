@@ -3,7 +3,7 @@
     python -m lab.held_out runs/my-bert/best assets/small-bert --text wiki.txt.xz
 
 The first HELD_OUT paragraphs of shuffled documents, which `lab.pretrain` does not train on if it
-has the same text. Not here: languages with letters other than a to z.
+is given the same files in the same order. Not here: languages with letters other than a to z.
 """
 
 import json
@@ -16,7 +16,7 @@ from bert import BertForMaskedLM, load_bert
 from data import Tokenizer
 from engine.cli import Parser
 from engine.device import pick_device
-from engine.errors import run_main
+from engine.errors import UserError, run_main
 from engine.hub import find_model
 from lab.running_text import hold_out, read_documents
 
@@ -52,6 +52,8 @@ def score_held_out(model: BertForMaskedLM, tokenizer: Tokenizer, paragraphs: lis
         sizes = list(map(len, words))
         losses += [word.sum().item() for word in piece_losses.split(sizes)]
         correct += [word.all().item() for word in piece_correct.split(sizes)]
+    if not losses:
+        raise UserError("the held-out paragraphs have no word to score: too short, or not a to z")
     means = {"loss": round(np.mean(losses), 4), "accuracy": round(np.mean(correct), 4)}
     return means | {"words": len(losses)}
 
@@ -67,7 +69,10 @@ def main() -> None:
     for name in args.models:
         folder = find_model(name)
         model = load_bert(folder, mlm=True).to(pick_device(args.device, "off")[0])
-        row = score_held_out(model, Tokenizer(folder), held_out)
+        tokenizer = Tokenizer(folder).check_fits(folder, model.cfg.vocab_size)
+        if tokenizer.mask_id is None:
+            raise UserError(f"{name}: the vocabulary has no mask token")
+        row = score_held_out(model, tokenizer, held_out)
         print(json.dumps({"model": name, **row}), flush=True)
 
 

@@ -1,10 +1,9 @@
 """Plots in one style, for files and for HTML pages. Needs matplotlib (pip install matplotlib).
 
     python -m lab.plots pretraining runs/small-bert-1 --out runs/held_out
-    python -m lab.plots steps RUN... --out runs/steps
 
-Both write FILE.png and FILE.svg. The functions plot_* take data and return a figure;
-lab/analysis.py and lab/report.py use them too.
+writes held_out.png and held_out.svg. The functions plot_* take data and return a figure;
+lab/analysis.py and lab/report.py use them.
 
 Shapes: P pairs of sentences.
 """
@@ -99,7 +98,7 @@ def mean_curve(logs: list[list[dict]], field: str) -> dict[str, list]:
     return curve
 
 
-def plot_curves(labels: list[str], curves: list[dict[str, list]], ylabel: str = ""):
+def plot_curves(labels: list[str], curves: list[dict[str, list]]):
     """A line for each of mean_curve's, with a band of one standard deviation."""
     columns = max(1, 40 // max(map(len, labels)))  # of the legend
     fig, ((axis,),) = figure(height=2.2 + 0.2 * len(curves) / columns)
@@ -107,7 +106,7 @@ def plot_curves(labels: list[str], curves: list[dict[str, list]], ylabel: str = 
         steps, mean, std = (np.array(curve[name]) for name in ("steps", "mean", "std"))
         (line,) = axis.plot(steps, mean, label=label, marker="." if len(steps) == 1 else "")
         axis.fill_between(steps, mean - std, mean + std, color=line.get_color(), alpha=0.15, lw=0)
-    axis.set(xlabel="steps", ylabel=ylabel)
+    axis.set_xlabel("steps")
     fig.legend(loc="outside upper center", ncols=columns)
     return fig
 
@@ -172,25 +171,14 @@ def pretraining(out: str, folders: list[Path]) -> None:
     save(fig, out)
 
 
-def steps(out: str, folders: list[Path]) -> None:
-    """The development score of each folder: of a run, or of the runs in its folders seed*."""
-    curves = []
-    for folder in folders:
-        logs = list(folder.glob("log.jsonl")) or sorted(folder.glob("seed*/log.jsonl"))
-        curves.append(mean_curve([read_log(log) for log in logs], "score"))
-        if not curves[-1]["steps"]:
-            raise UserError(f"{folder}: no log.jsonl with scores, nor seed*/log.jsonl")
-    save(plot_curves([folder.name for folder in folders], curves, "development score x 100"), out)
-
-
 def main() -> None:
     parser = Parser("python -m lab.plots", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("plot", choices=("pretraining", "steps"))
-    add("folders", metavar="RUN", nargs="+", type=Path, help="a run; for steps, or runs seed*")
+    add("plot", choices=("pretraining",))
+    add("folders", metavar="RUN", nargs="+", type=Path, help="a run of lab.pretrain")
     add("--out", required=True, metavar="FILE", help="without suffix: .png and .svg are written")
     args = parser.parse_intermixed_args()
-    {"pretraining": pretraining, "steps": steps}[args.plot](args.out, args.folders)
+    pretraining(args.out, args.folders)
 
 
 if __name__ == "__main__":

@@ -6,24 +6,22 @@
         --hidden 64 --out runs/weak                  # a small generator with the same vocabulary
 
 Prints and logs the loss on held-out paragraphs; the model is in best/. The learning rate is
-constant until seven tenths of the minutes are over, and only then the number of steps is fixed. So
-two runs on one machine are the same until there; with `--steps N` they are the same to the end.
-Not here: BERT's next-sentence loss, several GPUs, languages without spaces.
+constant, after a warm-up, until seven tenths of the minutes are over; only then is the number of
+steps fixed. Until then two runs on one machine are identical; with `--steps N`, to the end.
+Not here: BERT's next-sentence loss, several GPUs.
 
 Shapes: B rows, T tokens including padding, D hidden size, W words of the vocabulary.
 """
 
 import contextlib
-import itertools
 import math
 import os
 import time
-from collections.abc import Iterator
+import zlib
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -31,8 +29,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bert import BertConfig, BertForMaskedLM, save_bert
-from data import Batch, Tokenizer, corrupt
-from diffcse import derive_seed, train_step
+from data import Batch, Tokenizer
+from diffcse import train_step
 from engine import cli, fast
 from engine.checkpoint import Metrics
 from engine.device import pick_device
@@ -41,12 +39,12 @@ from engine.hub import find_model
 from engine.run import Run
 from lab.counting import log_frequency, word_vectors, word_weights
 from lab.held_out import score_held_out
-from lab.running_text import MAX_LENGTH, Rows, hold_out, read_documents, train_vocabulary
+from lab.rows import MAX_LENGTH, Rows, continuing_pieces, train_vocabulary
+from lab.running_text import hold_out, read_documents
 
-WARM_UP = 400  # steps in which the rate rises
-MASK_RATIO = 0.20
-LAST = 0.3  # share of the steps in which the rate falls to 0
-CLS_WEIGHT, NEXT_WEIGHT = 0.1, 0.15  # of what [CLS] tells: the row's words, and the next row's
+WARM_UP = 400  # steps over which the rate rises
+LAST = 0.3  # share of the steps over which it falls to 0
+CLS_WEIGHT, NEXT_WEIGHT = 0.1, 0.15  # of the losses of [CLS]: the row's words, the next row's
 VECTOR_LENGTH = 8.0  # of the words' vectors in those losses
 
 
@@ -55,13 +53,13 @@ class PretrainConfig:
     """Settings of a run. Each field is a command-line flag, and its comment is the flag's help."""
 
     text: tuple[str, ...] = ()  # UTF-8 text, also .gz, .xz; an empty line ends a document
-    minutes: float = 160.0  # of the run, with reading and counting
+    minutes: float = 160.0  # of the run, including reading and counting
     steps: int | None = None  # exact number of steps, in place of minutes
     out: str = ""  # folder of the run (default: runs/small-bert-1, ...)
     resume: str = ""  # folder of an interrupted run
-    vocab: int = 8192  # size of the vocabulary
-    model: str = ""  # take the vocabulary of this model
-    layers: int = 4  # of the encoder
+    vocab: int = 8192  # size of the vocabulary, without --model
+    model: str = ""  # take the vocabulary of this model; memory grows with its square
+    layers: int = 4  # number of encoder layers
     hidden: int = 256  # size of a state, 64 per head
     lr: float = 8e-4  # learning rate before it falls
     clip: float = 1.0  # maximum norm of the gradient
@@ -81,7 +79,7 @@ class PretrainConfig:
             ("steps", self.steps is None or self.steps >= 1, "at least 1"),
             ("vocab", self.vocab >= 100, "at least 100"),
             ("hidden", self.hidden >= 64 and self.hidden % 64 == 0, "a multiple of 64"),
-            ("hidden", self.model or self.hidden <= self.vocab, "at most --vocab"),
+            ("save_minutes", self.save_minutes >= 0, "0 or larger"),
             ("seed", 0 <= self.seed < 2**63, "at least 0 and below 2^63"),
             *((name, 0 < getattr(self, name) < math.inf, "positive, finite") for name in positive),
             *((name, getattr(self, name) >= 1, "at least 1") for name in at_least_1),
@@ -97,38 +95,19 @@ class PretrainConfig:
 # The model and its losses
 
 
-def new_model(vectors: Tensor, log_frequency: Tensor, pad_id: int, layers: int) -> BertForMaskedLM:
+def new_model(vectors: Tensor, bias: Tensor, pad_id: int, layers: int) -> BertForMaskedLM:
     """Random weights, but the words' embeddings and the output bias are what counting gives.
 
-    Shapes: vectors (W, D), log_frequency (W,). The config has BERT's dropout of 0.1, for a later
-    training; here the model stays in eval mode.
+    Shapes: vectors (W, D), bias (W,). The config has BERT's dropout of 0.1, for a later training;
+    here the model stays in eval mode.
     """
     W, D = vectors.shape
-    more = {"max_position_embeddings": 2 * MAX_LENGTH, "pad_token_id": pad_id}
-    model = BertForMaskedLM(BertConfig("bert", W, D, layers, D // 64, 4 * D, **more))
+    cfg = BertConfig("bert", W, D, layers, D // 64, 4 * D, 2 * MAX_LENGTH, pad_token_id=pad_id)
+    model = BertForMaskedLM(cfg)
     with torch.no_grad():
         model.bert.embeddings.word.weight.copy_(0.05 * vectors / vectors.std())
-        model.head.bias.copy_(log_frequency)
+        model.head.bias.copy_(bias)
     return model.eval()
-
-
-def continuing_pieces(tokenizer: Tokenizer) -> Tensor:
-    """Which ids continue a word (##ing). Shapes: -> (W,) bool."""
-    ids = [i for piece, i in tokenizer.vocabulary().items() if piece.startswith("##")]
-    return torch.isin(torch.arange(tokenizer.vocab_size), torch.tensor(ids))
-
-
-def mask_words(
-    x: Tensor, tokenizer: Tokenizer, continues: Tensor, rng: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """BERT's masking, of whole words: a piece is too easy to guess from the rest of its word.
-
-    Shapes: x (B, T) ids, continues (W,) bool -> x_masked (B, T), selected (B, T) bool.
-    """
-    special = torch.isin(x, torch.tensor(tokenizer.special_ids))
-    word = (~continues[x]).cumsum(1).sub(1).clamp_min(0)  # (B, T): a token's word, from 0
-    selected = (torch.rand(x.shape, generator=rng) < MASK_RATIO).gather(1, word) & ~special
-    return corrupt(x, selected, tokenizer, "80-10-10", rng), selected
 
 
 class Pretraining(nn.Module):
@@ -137,8 +116,9 @@ class Pretraining(nn.Module):
     Masked words are predicted from their neighbours, so the masked LM does not train [CLS]. Here a
     second head, at position 0, predicts all words of the row, as in a paragraph vector (Le and
     Mikolov 2014, PV-DBOW), and those of the next row (as in FastSent, Hill et al. 2016). Its word
-    vectors are those of counting, and fixed: with the masked LM's own, which come to tell a word
-    from similar ones, [CLS] learns to list words, and two ways to say the same are no longer close.
+    vectors are those of counting, and fixed: with the masked LM's own, which learn to tell a word
+    from similar ones, [CLS] learns to list words, and two ways of saying the same are no longer
+    close.
     """
 
     def __init__(self, cfg: PretrainConfig, mlm: BertForMaskedLM, vectors: Tensor, weights: Tensor):
@@ -147,17 +127,16 @@ class Pretraining(nn.Module):
         self.cls_head = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.LayerNorm(D), nn.Linear(D, D))
         self.cls_bias = nn.Parameter(mlm.head.bias.detach().clone())  # (W,) log frequency
         vectors = VECTOR_LENGTH * F.normalize(vectors, dim=1)
-        self.register_buffer("vectors", vectors, persistent=False)  # (W, D)
-        self.register_buffer("weights", weights, persistent=False)  # (W,)
+        self.register_buffer("vectors", vectors)  # (W, D)
+        self.register_buffer("weights", weights)  # (W,)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        """batch.x, batch.mask: each row and its next one; x_masked, selected: the rows alone."""
+        """batch: of Rows.batches, a row and its next one in turn. Shapes: -> ()."""
         x, mask = batch.x[::2, : batch.width], batch.mask[::2, : batch.width]  # (B, T)
-        x_masked, selected = batch.x_masked, batch.selected
+        selected = batch.selected
         # In bf16 on a CPU, a step with plain attention takes a quarter less time at these lengths.
-        plain = sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else contextlib.nullcontext()
-        with plain:
-            states = self.mlm.bert(x_masked, mask)  # (B, T, D)
+        with sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else contextlib.nullcontext():
+            states = self.mlm.bert(batch.x_masked, mask)  # (B, T, D)
         embeddings = self.mlm.bert.embeddings.word.weight  # (W, D)
         logits = self.mlm.head(states[selected], embeddings)  # (masked, W)
         mlm_loss = F.cross_entropy(logits.float(), x[selected], reduction="sum")
@@ -199,6 +178,7 @@ class PretrainRun(Run):
         """When the last part of the minutes begins, so does the last part of the steps."""
         if self.total is None and self.seconds() >= (1 - LAST) * 60 * self.cfg.minutes:
             self.total = round(self.step / (1 - LAST))
+            self.bar.total = self.total * self.cfg.batch_size
             self.bar.write(f"{self.total:,} steps; for the same model again: --steps {self.total}")
 
     def lr(self) -> float:
@@ -206,29 +186,34 @@ class PretrainRun(Run):
         falling = (1 - self.step / self.total) / LAST if self.total else 1.0
         return self.cfg.lr * min((self.step + 1) / WARM_UP, falling, 1.0)
 
-    def batches(self, rows: Rows, tokenizer: Tokenizer) -> Iterator[Batch]:
-        """The batch of each step from `step` on, a function of (seed, step)."""
-        cfg, continues = self.cfg, continuing_pieces(tokenizer)
-        drawn = rows.draw(cfg.batch_size, cfg.seed)
-        for step, numbers in itertools.islice(enumerate(drawn), self.step, None):
-            both = np.stack([numbers, rows.following[numbers]], 1).reshape(-1)  # (2B,)
-            x, mask = rows.rows(both)
-            width = int(mask[::2].sum(1).max())
-            rng = torch.Generator().manual_seed(derive_seed(cfg.seed, 2, step))
-            masked = mask_words(x[::2, :width], tokenizer, continues, rng)
-            yield Batch(x, mask, *masked, views=2, width=width)
-
     def score(self, mlm: BertForMaskedLM, tokenizer: Tokenizer, held_out: list[str]) -> None:
-        """Log the held-out score, and save the model in best/."""
+        """Log the held-out score and, after a step, save the model in best/."""
         row = {f"held_out_{k}": v for k, v in score_held_out(mlm, tokenizer, held_out).items()}
         self.log(step=self.step, tokens=self.tokens, **row)
         numbers = ", ".join(f"{name} {value:,}" for name, value in row.items())
         minutes = self.seconds() / 60
         self.bar.write(f"step {self.step:>6}  {self.tokens:,} tokens, {minutes:.1f} min, {numbers}")
-        with atomic_folder(self.folder / "best") as best:
-            save_bert(mlm, best, torch.float16)
-            tokenizer.save(best, mlm.max_length)
+        if self.step:
+            with atomic_folder(self.folder / "best") as best:
+                save_bert(mlm, best, torch.float16)
+                tokenizer.save(best, mlm.max_length)
         self.best_step, self.scores, self.logged = self.step, row, time.monotonic()
+
+
+def read_text(cfg: PretrainConfig) -> tuple[Tokenizer, Rows, list[str]]:
+    """The vocabulary, the rows to train on, and the held-out paragraphs. Raises: UserError."""
+    documents, held_out = hold_out(read_documents(cfg.text))
+    if cfg.model:
+        tokenizer = Tokenizer(find_model(cfg.model))
+        if tokenizer.mask_id is None or not continuing_pieces(tokenizer).any():
+            needs = "whole words are masked, which needs a WordPiece vocabulary with [MASK]"
+            raise UserError(f"--model {cfg.model}: {needs}")
+    else:
+        tokenizer = train_vocabulary(documents, cfg.vocab)
+    if cfg.hidden > tokenizer.vocab_size:
+        most = f"at most the size of the vocabulary, {tokenizer.vocab_size}"
+        raise UserError(f"--hidden is {cfg.hidden}; it must be {most}")
+    return tokenizer, Rows(documents, tokenizer, cfg.seed), held_out
 
 
 def train(cfg: PretrainConfig, name: str) -> None:
@@ -236,12 +221,8 @@ def train(cfg: PretrainConfig, name: str) -> None:
     device, amp = pick_device(cfg.device, cfg.amp)
     with PretrainRun(cfg, name, device, amp) as run:
         run.take_folder()
-        documents, held_out = hold_out(read_documents(cfg.text))
-        if cfg.model:
-            tokenizer = Tokenizer(find_model(cfg.model))
-        else:
-            tokenizer = train_vocabulary(documents, cfg.vocab)
-        rows = Rows(documents, tokenizer, cfg.seed)
+        tokenizer, rows, held_out = read_text(cfg)
+        inputs = {"text": rows.checksum + zlib.crc32("\n".join(held_out).encode())}
         torch.manual_seed(cfg.seed)
         vectors = word_vectors(rows, tokenizer, cfg.hidden)
         mlm = new_model(vectors, log_frequency(rows, tokenizer), tokenizer.pad_id, cfg.layers)
@@ -250,10 +231,10 @@ def train(cfg: PretrainConfig, name: str) -> None:
         scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
         step_fn = fast.accelerate(partial(train_step, model, optimizer, scaler, amp), model)
         about = f"{len(rows.ids):,} tokens in {len(rows):,} rows"
-        run.start(model, optimizer, scaler, {"text": rows.checksum}, cfg.steps, about)
+        run.start(model, optimizer, scaler, inputs, cfg.steps, about)
         if run.step == 0:
             run.score(mlm, tokenizer, held_out)
-        batches = run.batches(rows, tokenizer)
+        batches = rows.batches(cfg.batch_size, cfg.seed, run.step)
         while run.step != run.total:
             batch = next(batches)
             lr = run.lr()
@@ -266,11 +247,7 @@ def train(cfg: PretrainConfig, name: str) -> None:
                 run.log_metrics(lr)
             if run.eval_due():
                 run.score(mlm, tokenizer, held_out)
-            stop = run.stop_requested()  # Ctrl-C or SIGTERM
-            if run.save_due() or stop:
-                run.save()
-            if stop:
-                run.exit()
+            run.save_or_stop()  # on Ctrl-C or SIGTERM
         run.bar.close()
         results = run.close({"tokens": run.tokens} | run.scores)
         print(f"{results['minutes']:.1f} minutes. The model is in {run.folder / 'best'}")

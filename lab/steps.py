@@ -6,7 +6,6 @@ random. The peer's loss equals ours (tests/test_bench.py). Not here: a run, with
 
 import itertools
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 
@@ -112,32 +111,11 @@ class Peer(nn.Module):
         return edited
 
 
-class FastExcept(fast.FastCPU):
-    """engine/fast.py without one of its operations."""
-
-    def __init__(self, excluded: Callable | None):
-        super().__init__()
-        self.excluded = excluded
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is self.excluded:
-            return func(*args, **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-OPERATIONS = {
-    "all": None,
-    "without dropout": F.dropout,
-    "without attention": F.scaled_dot_product_attention,
-    "without linear": F.linear,
-}
-
-
 def step_side(
     side: str, size: str, reading: str, amp: str, device: str, steps: int
 ) -> Callable[[], float]:
-    """Some steps as a side of lab/bench.py: transformers, fast on, fast off, compiled, or one of
-    OPERATIONS. The work returns the last step's loss."""
+    """Some steps as a side of lab/bench.py: transformers, fast on, fast off, or compiled. The work
+    returns the last step's loss."""
     cfg, tokenizer = READINGS[reading], Tokenizer(find_model("assets/small-bert"))
     (encoder, generator), (device, dtype) = SIZES[size], pick_device(device, amp)
     batches = make_batches(cfg, tokenizer, 16)
@@ -149,8 +127,6 @@ def step_side(
         model = DiffCSEModel(cfg, tokenizer, *parts)
         if device.type == "cuda":  # as in training
             batches = [batch.pad(cfg.max_length, tokenizer.pad_id) for batch in batches]
-    if side in OPERATIONS and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        fast.mkl_is_slow = lambda: True  # measure oneDNN's product on an Intel too
     model.to(device).train()
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step = partial(train_step, model, make_optimizer(model), scaler, dtype)
@@ -158,9 +134,8 @@ def step_side(
     draw = itertools.cycle([batch.to(device) for batch in batches])
 
     def work() -> float:
-        with FastExcept(OPERATIONS[side]) if side in OPERATIONS else nullcontext():
-            for _ in range(steps):
-                metrics = step(next(draw))
+        for _ in range(steps):
+            metrics = step(next(draw))
         return float(metrics["loss"][0])
 
     return work

@@ -172,32 +172,22 @@ def drawn(monkeypatch) -> list:
     return figures
 
 
-def test_the_command_steps_draws_means_and_deviations(tmp_path, command, drawn):
-    scores = {"a/seed0": [60, 62, 64], "a/seed1": [61, 63, 67], "b/a": [50, 55], "no": []}
-    for name, values in scores.items():
-        rows = [{"step": 20 * i, "score": x} for i, x in enumerate(values)] + [{"step": 9}]
-        write_log(tmp_path / name / "log.jsonl", rows)
-    out = tmp_path / "new" / "curves"
-    done = command(plots.main, "steps", tmp_path / "a", tmp_path / "b" / "a", "--out", out)
-    assert done.out.split() == [f"{out}.png", f"{out}.svg"]
-    assert Path(f"{out}.png").read_bytes().startswith(b"\x89PNG")
-    (axis,) = drawn[0].axes
+def test_curves_are_means_and_deviations():
+    logs = [[60, 62, 64], [61, 63, 67]], [[50, 55]]
+    curves = []
+    for values in logs:
+        rows = [[{"step": 20 * i, "score": x} for i, x in enumerate(log)] for log in values]
+        curves.append(plots.mean_curve(rows, "score"))
+    fig = plots.plot_curves(["a", "b"], curves)
+    (axis,) = fig.axes
     lines = [line.get_xydata().tolist() for line in axis.lines]
     assert lines == [[[0, 60.5], [20, 62.5], [40, 65.5]], [[0, 50], [20, 55]]]
     band = axis.collections[0].get_paths()[0].get_extents()
     assert (band.y0, band.y1) == (60, 67)  # 60.5 - 0.5, 65.5 + 1.5
-    assert [text.get_text() for text in drawn[0].legends[0].texts] == ["a", "a"]
-    assert (axis.get_xlabel(), axis.get_ylabel()) == ("steps", "development score x 100")
+    assert [text.get_text() for text in fig.legends[0].texts] == ["a", "b"]
+    assert axis.get_xlabel() == "steps"
     styles = {(line.get_color(), str(line._unscaled_dash_pattern)) for line in axis.lines}
     assert len(styles) == 2
-    for words, message in [
-        (["steps", tmp_path / "no"], "no log.jsonl with scores"),
-        (["steps", tmp_path], "no log.jsonl with scores"),
-        (["steps"], "RUN"),
-        (["pretraining", tmp_path / "no"], "no log.jsonl of lab.pretrain"),
-    ]:
-        done = command(plots.main, *words, "--out", "x")
-        assert done.code == 2 and message in done.err and done.err.count("\n") == 1
 
 
 def test_the_command_pretraining_draws_the_logs(tmp_path, command, drawn):
@@ -207,12 +197,18 @@ def test_the_command_pretraining_draws_the_logs(tmp_path, command, drawn):
             scores = {"held_out_loss": start - i, "held_out_accuracy": 0.1 * i}
             rows.append({"tokens": 1e6 * (i + 1), **scores})
         write_log(tmp_path / name / "log.jsonl", rows)
-    words = ["pretraining", tmp_path / "old", tmp_path / "new", "--out", tmp_path / "x"]
-    assert command(plots.main, *words).code == 0
+    out = tmp_path / "new" / "curves"
+    done = command(plots.main, "pretraining", tmp_path / "old", tmp_path / "new", "--out", out)
+    assert done.out.split() == [f"{out}.png", f"{out}.svg"]
+    assert Path(f"{out}.png").read_bytes().startswith(b"\x89PNG")
     loss, accuracy = (axis.lines for axis in drawn[0].axes)
     assert [list(line.get_ydata()) for line in loss] == [[5, 4, 3], [4, 3, 2]]
     assert accuracy[1].get_ydata() == pytest.approx([0, 10, 20])
     assert [list(line.get_xdata()) for line in accuracy] == [[1, 2, 3]] * 2
+    write_log(tmp_path / "no" / "log.jsonl", [{"step": 1}])
+    done = command(plots.main, "pretraining", tmp_path / "no", "--out", "x")
+    assert done.code == 2 and "no log.jsonl of lab.pretrain" in done.err
+    assert done.err.count("\n") == 1
     assert [line.get_label() for line in loss] == ["old", "new"]
 
 
