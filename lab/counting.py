@@ -54,19 +54,17 @@ def word_vectors(rows: TokenizedSentences, tokenizer: Tokenizer, size: int) -> T
     return (U * S.sqrt())[:, :size] @ rotation
 
 
-def log_frequency(rows: TokenizedSentences, tokenizer: Tokenizer) -> Tensor:
-    """Of each word, counting each once more, so that none is 0. Shapes: -> (W,)."""
-    counts = torch.from_numpy(np.bincount(rows.ids, minlength=tokenizer.vocab_size) + 1).float()
+def log_frequency(counts: np.ndarray) -> Tensor:
+    """Of each word, counting each once more, so that none is 0. Shapes: (W,) -> (W,)."""
+    counts = torch.from_numpy(counts + 1).float()
     return (counts / counts.sum()).log()
 
 
-def word_weights(rows: TokenizedSentences, tokenizer: Tokenizer) -> Tensor:
-    """RARE / (RARE + frequency), 0 for special tokens. Shapes: -> (W,).
+def word_weights(counts: np.ndarray, special_ids: list[int]) -> Tensor:
+    """RARE / (RARE + frequency), 0 for special tokens. Shapes: (W,) -> (W,).
 
     Frequent words such as "the" say little about a sentence (Arora et al. 2017, SIF).
     """
-    counts = np.bincount(rows.ids, minlength=tokenizer.vocab_size)
-    counts[tokenizer.special_ids] = 0
-    weights = RARE / (RARE + counts / counts.sum())
-    weights[tokenizer.special_ids] = 0
+    is_word = ~np.isin(np.arange(len(counts)), special_ids)
+    weights = is_word * RARE / (RARE + counts / counts[is_word].sum())
     return torch.from_numpy(weights).float()

@@ -1,9 +1,9 @@
 """Plots in one style, for files and for HTML pages. Needs matplotlib (pip install matplotlib).
 
-    python -m lab.plots pretraining runs/small-bert-1 --out runs/held_out
+    python -m lab.plots runs/small-bert-1 --out runs/held_out
 
-writes held_out.png and held_out.svg. The functions plot_* take data and return a figure;
-lab/analysis.py and lab/report.py use them.
+writes held_out.png and held_out.svg: held-out loss and accuracy of runs of lab.pretrain. The
+functions plot_* take data and return a figure; lab/analysis.py and lab/report.py use them.
 
 Shapes: P pairs of sentences.
 """
@@ -174,10 +174,9 @@ def pretraining(out: str, folders: list[Path]) -> None:
 def main() -> None:
     parser = Parser("python -m lab.plots", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("plot", choices=("pretraining",))
     add("folders", metavar="RUN", nargs="+", type=Path, help="a run of lab.pretrain")
     add("--out", required=True, metavar="FILE", help="without suffix: .png and .svg are written")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_args()
     pretraining(args.out, args.folders)
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -225,8 +226,10 @@ def train(cfg: PretrainConfig, name: str) -> None:
         inputs = {"text": rows.checksum + zlib.crc32("\n".join(held_out).encode())}
         torch.manual_seed(cfg.seed)
         vectors = word_vectors(rows, tokenizer, cfg.hidden)
-        mlm = new_model(vectors, log_frequency(rows, tokenizer), tokenizer.pad_id, cfg.layers)
-        model = Pretraining(cfg, mlm, vectors, word_weights(rows, tokenizer)).to(device)
+        counts = np.bincount(rows.ids, minlength=tokenizer.vocab_size)
+        mlm = new_model(vectors, log_frequency(counts), tokenizer.pad_id, cfg.layers)
+        weights = word_weights(counts, tokenizer.special_ids)
+        model = Pretraining(cfg, mlm, vectors, weights).to(device)
         optimizer = make_optimizer(model, cfg.lr)
         scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
         step_fn = fast.accelerate(partial(train_step, model, optimizer, scaler, amp), model)

@@ -198,7 +198,7 @@ def test_the_command_pretraining_draws_the_logs(tmp_path, command, drawn):
             rows.append({"tokens": 1e6 * (i + 1), **scores})
         write_log(tmp_path / name / "log.jsonl", rows)
     out = tmp_path / "new" / "curves"
-    done = command(plots.main, "pretraining", tmp_path / "old", tmp_path / "new", "--out", out)
+    done = command(plots.main, tmp_path / "old", tmp_path / "new", "--out", out)
     assert done.out.split() == [f"{out}.png", f"{out}.svg"]
     assert Path(f"{out}.png").read_bytes().startswith(b"\x89PNG")
     loss, accuracy = (axis.lines for axis in drawn[0].axes)
@@ -206,7 +206,7 @@ def test_the_command_pretraining_draws_the_logs(tmp_path, command, drawn):
     assert accuracy[1].get_ydata() == pytest.approx([0, 10, 20])
     assert [list(line.get_xdata()) for line in accuracy] == [[1, 2, 3]] * 2
     write_log(tmp_path / "no" / "log.jsonl", [{"step": 1}])
-    done = command(plots.main, "pretraining", tmp_path / "no", "--out", "x")
+    done = command(plots.main, tmp_path / "no", "--out", "x")
     assert done.code == 2 and "no log.jsonl of lab.pretrain" in done.err
     assert done.err.count("\n") == 1
     assert [line.get_label() for line in loss] == ["old", "new"]

@@ -219,8 +219,8 @@ def test_a_new_model_starts_from_the_counts(small):
     tokenizer, rows = small
     torch.manual_seed(0)
     vectors = counting.word_vectors(rows, tokenizer, 64)
-    log_frequency = counting.log_frequency(rows, tokenizer)
-    model = pretrain.new_model(vectors, log_frequency, pad_id=0, layers=1)
+    counts = np.bincount(rows.ids, minlength=100)
+    model = pretrain.new_model(vectors, counting.log_frequency(counts), pad_id=0, layers=1)
     words = model.bert.embeddings.word.weight.detach().double()
     assert words.std().item() == pytest.approx(0.05, rel=0.01)
     U, S, _ = torch.linalg.svd(counting.positive_pmi(rows, tokenizer).double())  # the exact one
@@ -228,8 +228,7 @@ def test_a_new_model_starts_from_the_counts(small):
     products = words @ words.T
     products, expected = products / products.norm(), expected / expected.norm()
     np.testing.assert_allclose(products, expected, atol=1e-4)
-    counts = np.bincount(rows.ids, minlength=100) + 1
-    bias = model.head.bias.detach()
+    bias, counts = model.head.bias.detach(), counts + 1
     np.testing.assert_allclose(bias, np.log(counts / counts.sum()), atol=1e-5)
     assert not model.training and model.cfg.hidden_dropout_prob == 0.1
 
@@ -237,7 +236,8 @@ def test_a_new_model_starts_from_the_counts(small):
 def test_word_weights_fall_with_frequency():
     tokenizer = Tokenizer(SMALL)
     texts = [("the the the cat",), ("the dog the ☃",)]
-    weights = counting.word_weights(TokenizedSentences(texts, tokenizer, 40), tokenizer)
+    counts = np.bincount(TokenizedSentences(texts, tokenizer, 40).ids, minlength=8192)
+    weights = counting.word_weights(counts, tokenizer.special_ids)
     ids = [tokenizer.vocabulary()[word] for word in ("the", "cat", "house")]
     assert weights[tokenizer.special_ids].tolist() == [0] * 5
     rare = counting.RARE  # 7 words that are not special tokens; 5 of them are "the"
