@@ -44,7 +44,9 @@ def word_vectors(rows: TokenizedSentences, tokenizer: Tokenizer, size: int) -> T
 
     The rotation makes all coordinates equally strong. Raises: UserError for a text of a few words.
     """
-    pmi, q = positive_pmi(rows, tokenizer), min(size + 32, tokenizer.vocab_size)
+    if size > (W := tokenizer.vocab_size):
+        raise UserError(f"--hidden is {size}; it must be at most the size of the vocabulary, {W}")
+    pmi, q = positive_pmi(rows, tokenizer), min(size + 32, W)
     if not (pmi > 0).any():  # nor if it is NaN
         raise UserError(
             "--text is too short: no two words occur together more often than by chance"

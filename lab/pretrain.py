@@ -36,12 +36,10 @@ from engine import cli, fast
 from engine.checkpoint import Metrics
 from engine.device import pick_device
 from engine.errors import UserError, atomic_folder, run_main
-from engine.hub import find_model
 from engine.run import Run
 from lab.counting import log_frequency, word_vectors, word_weights
 from lab.held_out import score_held_out
-from lab.rows import MAX_LENGTH, Rows, continuing_pieces, train_vocabulary
-from lab.running_text import hold_out, read_documents
+from lab.rows import MAX_LENGTH, read_rows
 
 WARM_UP = 400  # steps over which the rate rises
 LAST = 0.3  # share of the steps over which it falls to 0
@@ -201,28 +199,12 @@ class PretrainRun(Run):
         self.best_step, self.scores, self.logged = self.step, row, time.monotonic()
 
 
-def read_text(cfg: PretrainConfig) -> tuple[Tokenizer, Rows, list[str]]:
-    """The vocabulary, the rows to train on, and the held-out paragraphs. Raises: UserError."""
-    documents, held_out = hold_out(read_documents(cfg.text))
-    if cfg.model:
-        tokenizer = Tokenizer(find_model(cfg.model))
-        if tokenizer.mask_id is None or not continuing_pieces(tokenizer).any():
-            needs = "whole words are masked, which needs a WordPiece vocabulary with [MASK]"
-            raise UserError(f"--model {cfg.model}: {needs}")
-    else:
-        tokenizer = train_vocabulary(documents, cfg.vocab)
-    if cfg.hidden > tokenizer.vocab_size:
-        most = f"at most the size of the vocabulary, {tokenizer.vocab_size}"
-        raise UserError(f"--hidden is {cfg.hidden}; it must be {most}")
-    return tokenizer, Rows(documents, tokenizer, cfg.seed), held_out
-
-
 def train(cfg: PretrainConfig, name: str) -> None:
     """A whole run, or the rest of one."""
     device, amp = pick_device(cfg.device, cfg.amp)
     with PretrainRun(cfg, name, device, amp) as run:
         run.take_folder()
-        tokenizer, rows, held_out = read_text(cfg)
+        tokenizer, rows, held_out = read_rows(cfg.text, cfg.model, cfg.vocab, cfg.seed)
         inputs = {"text": rows.checksum + zlib.crc32("\n".join(held_out).encode())}
         torch.manual_seed(cfg.seed)
         vectors = word_vectors(rows, tokenizer, cfg.hidden)

@@ -19,8 +19,9 @@ from torch import Tensor
 from data import Batch, Tokenizer, corrupt
 from diffcse import derive_seed
 from engine.errors import UserError
+from engine.hub import find_model
 from engine.tokens import TokenizedSentences
-from lab.running_text import split_sentences
+from lab.running_text import hold_out, read_documents, split_sentences
 
 CHARACTERS = 200  # in the vocabulary; others are [UNK]
 MAX_LENGTH = 64  # tokens of a row, including [CLS] and [SEP]; 98 % of sentences are shorter
@@ -147,3 +148,21 @@ class Rows(TokenizedSentences):
             rng = torch.Generator().manual_seed(derive_seed(seed, 2, step))
             masked = mask_words(x[::2, :width], self.tokenizer, self.continues, rng)
             yield Batch(x, mask, *masked, views=2, width=width)
+
+
+def read_rows(
+    files: tuple[str, ...], model: str, vocab: int, seed: int
+) -> tuple[Tokenizer, Rows, list[str]]:
+    """The vocabulary (of `model`, or else a new one), the rows, and the held-out paragraphs.
+
+    Raises: UserError.
+    """
+    documents, held_out = hold_out(read_documents(files))
+    if not model:
+        tokenizer = train_vocabulary(documents, vocab)
+    else:
+        tokenizer = Tokenizer(find_model(model))
+        if tokenizer.mask_id is None or not continuing_pieces(tokenizer).any():
+            needs = "whole words are masked, which needs a WordPiece vocabulary with [MASK]"
+            raise UserError(f"--model {model}: {needs}")
+    return tokenizer, Rows(documents, tokenizer, seed), held_out
