@@ -64,7 +64,7 @@ def with_absolute_paths(cfg):
         path = Path(os.path.expanduser(value := values[name]))
         is_folder = name in ("model", "generator")  # and --score dev is no file, even beside one
         exists = path.is_dir() if is_folder else path.suffix != "" and path.is_file()
-        if exists and path.resolve() != (ROOT / value).resolve():
+        if value and exists and path.resolve() != (ROOT / value).resolve():
             changes[name] = os.path.abspath(path)
     return replace(cfg, **changes)
 

@@ -17,10 +17,10 @@ MAX_TOKENS = 20_000_000  # from the text's start, in which pairs of words are co
 
 
 def positive_pmi(rows: TokenizedSentences, tokenizer: Tokenizer) -> Tensor:
-    """How much more often than by chance two words occur within WINDOW. Shapes: -> (W, W).
+    """Positive pointwise mutual information (PPMI) of words within WINDOW. Shapes: -> (W, W).
 
-    max(0, log(p(a, b) / (p(a) p(b)))), with the context's p(b) smoothed by the power 0.75, without
-    special tokens. Takes 12 W^2 bytes, 0.8 GB for 8,192 words.
+    max(0, log(p(a, b) / (p(a) p(b)))), p(b) smoothed by the power 0.75 (Levy, Goldberg and Dagan
+    2015), without special tokens. The (W, W) arrays take 12 W^2 bytes, 0.8 GB for 8,192 words.
     """
     W = tokenizer.vocab_size
     ids = rows.ids[:MAX_TOKENS].astype(np.int64)

@@ -2,8 +2,8 @@
 
     python -m lab.held_out runs/my-bert/best assets/small-bert --text wiki.txt.xz
 
-The first HELD_OUT paragraphs of shuffled documents, which `lab.pretrain` does not train on if it
-is given the same files in the same order. Not here: languages with letters other than a to z.
+HELD_OUT paragraphs of shuffled documents, or a tenth of all if that is less; `lab.pretrain` does
+not train on them if it is given the same files in the same order. Not here: letters but a to z.
 """
 
 import json
@@ -25,9 +25,9 @@ from lab.running_text import hold_out, read_documents
 def score_held_out(model: BertForMaskedLM, tokenizer: Tokenizer, paragraphs: list[str]) -> dict:
     """Loss and accuracy per masked word of unseen text, comparable across vocabularies.
 
-    15 % of the words of each stretch of 32 are masked, with all their pieces, the same words for
-    every lower-cased WordPiece vocabulary. Words with other letters than a to z are left out.
-    A word's loss, in nats, is the sum over its pieces; it is correct if every piece is.
+    15 % of the words of each stretch of 32 are masked, with all their pieces: the same words for
+    every lower-cased WordPiece vocabulary, but for words past max_length. Only words of a to z are
+    scored. A word's loss, in nats, is the sum over its pieces; it is correct if every piece is.
     """
     stretches = []
     for words in map(str.split, paragraphs):

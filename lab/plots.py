@@ -51,7 +51,7 @@ def figure(rows: int = 1, columns: int = 1, height: float = 2.2):
 
 def save(fig, out: str) -> None:
     for suffix, metadata in ((".png", None), (".svg", {"Date": None})):
-        path = Path(out).with_suffix(suffix)
+        path = Path(f"{out}{suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
         fig.savefig(path, dpi=200, metadata=metadata)
         print(path)

@@ -8,7 +8,7 @@
 Prints and logs the loss on held-out paragraphs; the model is in best/. The learning rate is
 constant, after a warm-up, until seven tenths of the minutes are over; only then is the number of
 steps fixed. Until then two runs on one machine are identical; with `--steps N`, to the end.
-Not here: BERT's next-sentence loss, several GPUs.
+Not here: BERT's next-sentence loss, several GPUs, scripts other than Latin (lab/held_out.py).
 
 Shapes: B rows, T tokens including padding, D hidden size, W words of the vocabulary.
 """
@@ -42,8 +42,8 @@ from lab.held_out import score_held_out
 from lab.rows import MAX_LENGTH, read_rows
 
 WARM_UP = 400  # steps over which the rate rises
-LAST = 0.3  # share of the steps over which it falls to 0
-CLS_WEIGHT, NEXT_WEIGHT = 0.1, 0.15  # of the losses of [CLS]: the row's words, the next row's
+DECAY = 0.3  # share of the steps over which it falls to 0
+CLS_WEIGHT, NEXT_WEIGHT = 0.1, 0.15  # of the losses at [CLS]: the row's words, the next row's
 VECTOR_LENGTH = 8.0  # of the words' vectors in those losses
 
 
@@ -59,10 +59,10 @@ class PretrainConfig:
     vocab: int = 8192  # size of the vocabulary, without --model
     model: str = ""  # take the vocabulary of this model; memory grows with its square
     layers: int = 4  # number of encoder layers
-    hidden: int = 256  # size of a state, 64 per head
+    hidden: int = 256  # hidden size; an attention head for each 64
     lr: float = 8e-4  # learning rate before it falls
     clip: float = 1.0  # maximum norm of the gradient
-    batch_size: int = 4096  # tokens of a step, without padding
+    batch_size: int = 4096  # about this many tokens a step, without padding
     seed: int = 0  # of weights, rows, batches and masks
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: if it is fast
@@ -101,6 +101,7 @@ def new_model(vectors: Tensor, bias: Tensor, pad_id: int, layers: int) -> BertFo
     here the model stays in eval mode.
     """
     W, D = vectors.shape
+    # Twice MAX_LENGTH, so that longer text can be encoded; those positions stay untrained
     cfg = BertConfig("bert", W, D, layers, D // 64, 4 * D, 2 * MAX_LENGTH, pad_token_id=pad_id)
     model = BertForMaskedLM(cfg)
     with torch.no_grad():
@@ -110,14 +111,12 @@ def new_model(vectors: Tensor, bias: Tensor, pad_id: int, layers: int) -> BertFo
 
 
 class Pretraining(nn.Module):
-    """What a step trains: a masked LM whose [CLS] tells the words of its row and of the next one.
+    """What a step trains: a masked LM whose [CLS] predicts the words of its row and the next one.
 
     Masked words are predicted from their neighbours, so the masked LM does not train [CLS]. Here a
     second head, at position 0, predicts all words of the row, as in a paragraph vector (Le and
-    Mikolov 2014, PV-DBOW), and those of the next row (as in FastSent, Hill et al. 2016). Its word
-    vectors are those of counting, and fixed: with the masked LM's own, which learn to tell a word
-    from similar ones, [CLS] learns to list words, and two ways of saying the same are no longer
-    close.
+    Mikolov 2014, PV-DBOW), and those of the next row (as in FastSent, Hill et al. 2016), by fixed
+    word vectors from counting: with the masked LM's own, embeddings were worse (RESULTS.md).
     """
 
     def __init__(self, cfg: PretrainConfig, mlm: BertForMaskedLM, vectors: Tensor, weights: Tensor):
@@ -130,7 +129,7 @@ class Pretraining(nn.Module):
         self.register_buffer("weights", weights)  # (W,)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        """batch: of Rows.batches, a row and its next one in turn. Shapes: -> ()."""
+        """Shapes: batch.x (2B, T), each row and then its next one -> loss (), metrics."""
         x, mask = batch.x[::2, : batch.width], batch.mask[::2, : batch.width]  # (B, T)
         selected = batch.selected
         # In bf16 on a CPU, a step with plain attention takes a quarter less time at these lengths.
@@ -140,8 +139,8 @@ class Pretraining(nn.Module):
         logits = self.mlm.head(states[selected], embeddings)  # (masked, W)
         mlm_loss = F.cross_entropy(logits.float(), x[selected], reduction="sum")
         mlm_loss = mlm_loss / selected.sum().clamp_min(1)  # a short batch may have none
-        told = F.linear(self.cls_head(states[:, 0]), self.vectors, self.cls_bias)  # (B, W)
-        log_p = told.float().log_softmax(-1)
+        cls_logits = F.linear(self.cls_head(states[:, 0]), self.vectors, self.cls_bias)  # (B, W)
+        log_p = cls_logits.float().log_softmax(-1)
         cls_loss = self.words_loss(log_p, x)
         next_loss = self.words_loss(log_p, batch.x[1::2])
         loss = mlm_loss + CLS_WEIGHT * cls_loss + NEXT_WEIGHT * next_loss
@@ -175,14 +174,16 @@ class PretrainRun(Run):
 
     def fix_total(self) -> None:
         """When the last part of the minutes begins, so does the last part of the steps."""
-        if self.total is None and self.seconds() >= (1 - LAST) * 60 * self.cfg.minutes:
-            self.total = round(self.step / (1 - LAST))
+        if self.total is None and self.seconds() >= (1 - DECAY) * 60 * self.cfg.minutes:
+            if self.step == 0:
+                raise UserError("--minutes is too small: reading and counting took as long")
+            self.total = max(self.step + 1, round(self.step / (1 - DECAY)))
             self.bar.total = self.total * self.cfg.batch_size
             self.bar.write(f"{self.total:,} steps; for the same model again: --steps {self.total}")
 
     def lr(self) -> float:
         """The learning rate, which rises, stays, and falls to 0."""
-        falling = (1 - self.step / self.total) / LAST if self.total else 1.0
+        falling = (1 - self.step / self.total) / DECAY if self.total else 1.0
         return self.cfg.lr * min((self.step + 1) / WARM_UP, falling, 1.0)
 
     def score(self, mlm: BertForMaskedLM, tokenizer: Tokenizer, held_out: list[str]) -> None:
@@ -221,13 +222,12 @@ def train(cfg: PretrainConfig, name: str) -> None:
             run.score(mlm, tokenizer, held_out)
         batches = rows.batches(cfg.batch_size, cfg.seed, run.step)
         while run.step != run.total:
-            batch = next(batches)
-            lr = run.lr()
+            run.fix_total()
+            batch, lr = next(batches), run.lr()
             for group in optimizer.param_groups:
                 group["lr"] = lr
             run.tokens += int(batch.mask[::2].sum())
             run.add(step_fn(batch.to(device)))
-            run.fix_total()
             if run.log_due():
                 run.log_metrics(lr)
             if run.eval_due():

@@ -84,10 +84,10 @@ def mask_words(
 class Rows(TokenizedSentences):
     """Consecutive sentences of a document joined to rows: long rows teach words by their context.
 
-    A length is drawn for each row, between a quarter of MAX_LENGTH and MAX_LENGTH tokens; the row
-    takes sentences until the next one would exceed it.
+    A length is drawn for each row, between a quarter of MAX_LENGTH and MAX_LENGTH tokens. A row
+    takes its first sentence, and further ones while they fit.
     Attributes: following, the number of the next row. The last row of a document is its own next
-    one, so if each line is a document, all are.
+    one; so in a file of one sentence a line, every row is.
     """
 
     def __init__(self, documents: list[list[str]], tokenizer: Tokenizer, seed: int):
@@ -106,9 +106,10 @@ class Rows(TokenizedSentences):
                 space -= length
         begins = np.array(begins)
         kept = np.ones(len(self.ids), bool)
-        kept[self.starts[:-1][~begins]] = False  # [CLS] of a sentence that continues a row
-        kept[self.starts[:-1][~begins] - 1] = False  # and the [SEP] before it
-        starts = np.append(self.starts[:-1][begins], len(self.ids))
+        cls = self.starts[:-1]  # position of each sentence's [CLS]
+        kept[cls[~begins]] = False  # of a sentence that continues a row
+        kept[cls[~begins] - 1] = False  # and the [SEP] before it
+        starts = np.append(cls[begins], len(self.ids))
         self.starts = np.append(0, kept.cumsum())[starts]
         self.ids = self.ids[kept]
         last = np.cumsum(list(map(len, documents))) - 1  # sentence of each document
@@ -138,7 +139,8 @@ class Rows(TokenizedSentences):
     def batches(self, batch_size: int, seed: int, first: int) -> Iterator[Batch]:
         """The batch of each step from `first` on, a function of (seed, step), without end.
 
-        x, mask: each row and its next one; x_masked, selected: the rows alone.
+        Shapes: x, mask (2B, T), each row and then its next one; x_masked, selected (B, width),
+        the rows alone. So Batch's first_views and take do not apply.
         """
         drawn = itertools.islice(enumerate(self.draw(batch_size, seed)), first, None)
         for step, numbers in drawn:
@@ -153,10 +155,7 @@ class Rows(TokenizedSentences):
 def read_rows(
     files: tuple[str, ...], model: str, vocab: int, seed: int
 ) -> tuple[Tokenizer, Rows, list[str]]:
-    """The vocabulary (of `model`, or else a new one), the rows, and the held-out paragraphs.
-
-    Raises: UserError.
-    """
+    """The vocabulary (of `model`, or else a new one), the rows, and the held-out paragraphs."""
     documents, held_out = hold_out(read_documents(files))
     if not model:
         tokenizer = train_vocabulary(documents, vocab)

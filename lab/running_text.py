@@ -67,8 +67,8 @@ def read_running_text(path: str | Path) -> Iterator[tuple[str]]:
 
 
 def read_documents(paths: Sequence[str]) -> list[list[str]]:
-    """The paragraphs of each document. Without an empty line between two lines of a file, each
-    line is a document."""
+    """The paragraphs of each document. If no empty line separates lines of a file, each line is a
+    document."""
     documents = []
     for path in paths:
         lines = [line.strip() for line in read_lines(Path(path))]
@@ -80,6 +80,7 @@ def read_documents(paths: Sequence[str]) -> list[list[str]]:
 def hold_out(documents: list[list[str]]) -> tuple[list[list[str]], list[str]]:
     """Documents to train on, and HELD_OUT paragraphs of others, or a tenth of all if that is less.
 
+    The other paragraphs of the last held-out document are not used.
     Raises: UserError if no document is left to train on.
     """
     order = np.random.default_rng([0, 0]).permutation(len(documents)).tolist()

@@ -219,6 +219,8 @@ def test_a_new_model_starts_from_the_counts(small):
     tokenizer, rows = small
     torch.manual_seed(0)
     vectors = counting.word_vectors(rows, tokenizer, 64)
+    strength = vectors.norm(dim=0)
+    assert strength.max() < 3 * strength.min()  # 4,000 times without the rotation
     counts = np.bincount(rows.ids, minlength=100)
     model = pretrain.new_model(vectors, counting.log_frequency(counts), pad_id=0, layers=1)
     words = model.bert.embeddings.word.weight.detach().double()
@@ -355,7 +357,7 @@ def test_steps_fixed_by_the_clock_change_nothing_before(step):
     assert run.total is None
     run.earlier_seconds += 2
     run.fix_total()
-    assert run.total == round(step / 0.7)
+    assert run.total == max(step + 1, round(step / 0.7))
     fixed = run.total
     for run.step in (step - 1, max(step - 7, 0)):
         assert run.lr() == min((run.step + 1) / 400, 1)
@@ -503,6 +505,15 @@ def test_a_run_takes_the_vocabulary_of_another_model(tmp_path, run):
     assert load_bert(tmp_path / "model" / "best", mlm=True).cfg.hidden_size == 64
 
 
+def test_a_finished_run_is_not_resumed_and_no_model_is_no_folder(
+    tmp_path, run, command, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)  # Path("") is the current folder
+    assert run(tmp_path / "model").code == 0
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["model"] == ""
+    assert "is a finished run" in command(pretrain.main, "--resume", tmp_path / "model").err
+
+
 def test_the_vocabulary_is_the_same_every_time(text):
     """The library alone breaks ties at random."""
     documents = [[row, "Ünïcödé ☃ 漢字 naïve"] for row in make_paragraphs(100)]
@@ -520,6 +531,7 @@ def test_the_vocabulary_is_the_same_every_time(text):
         ({"vocab": 20}, "--vocab is 20; it must be at least 100"),
         ({"minutes": 0}, "--minutes is 0.0; it must be positive, finite"),
         ({"minutes": "nan"}, "--minutes is nan"),
+        ({"minutes": 1e-4, "steps": None}, "--minutes is too small: reading and counting took as"),
         ({"hidden": 100}, "--hidden is 100; it must be a multiple of 64"),
         ({"hidden": 128}, "--hidden is 128; it must be at most"),
         ({"layers": 0}, "--layers is 0; it must be at least 1"),
@@ -560,16 +572,24 @@ def test_a_run_that_fails_in_its_first_step_leaves_nothing(tmp_path, run, monkey
     assert not (tmp_path / "model").exists()
 
 
-@pytest.mark.parametrize("words", ["Город стоит на реке.", "☃", "a"])
-def test_texts_without_enough_words(tmp_path, run, text, words):
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("Город стоит на реке.", "no word to score"),
+        ("☃", "no two words occur together"),
+        ("a", "no two words occur together"),
+    ],
+)
+def test_texts_without_enough_words(tmp_path, run, text, words, message):
     text.write_text("\n\n".join([words] * 100))
     code, _, error = run(tmp_path / "model", model=SMALL, vocab=None)
     assert code == 2 and error.count("\n") == 1 and not (tmp_path / "model").exists()
-    assert re.search("no two words occur together|no word to score", error)
+    assert message in error
 
 
-def test_a_vocabulary_must_be_wordpiece(tmp_path, run, tiny):
-    words = (tiny / "vocab.txt").read_text().replace("##", "").splitlines()
+@pytest.mark.parametrize("missing", ["##", "[MASK]"])
+def test_a_vocabulary_must_be_wordpiece_with_a_mask_token(tmp_path, run, tiny, missing):
+    words = (tiny / "vocab.txt").read_text().replace(missing, "x").splitlines()
     shutil.copytree(tiny, tmp_path / "tiny")
     (tmp_path / "tiny" / "vocab.txt").write_text("\n".join(dict.fromkeys(words)) + "\n")
     code, _, error = run(tmp_path / "model", model=tmp_path / "tiny", vocab=None)
