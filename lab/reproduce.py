@@ -160,7 +160,7 @@ GRID = {  # appendix A, and the rate of SimCSE
     "lam": (0.1, 0.05, 0.01, 0.005, 0.001),
     "mask_ratio": (0.15, 0.20, 0.30, 0.40),
 }
-SMALL_GRID = {"lr": (1e-5, 3e-5, 1e-4, 3e-4), "lam": (0.005, 0.05, 0.5), "mask_ratio": (0.30, 0.15)}
+SMALL_GRID = {"lr": (1e-4, 3e-4, 1e-3), "lam": (0.005, 0.05, 0.5), "mask_ratio": (0.30, 0.15)}
 RECIPES = {  # of SimCSE, besides lam and projector
     "bert-base-uncased": {"lr": 3e-5, "epochs": 1},
     "roberta-base": {"lr": 1e-5, "epochs": 1, "batch_size": 512},
