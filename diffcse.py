@@ -34,11 +34,12 @@ from torch import Tensor
 
 from bert import Bert, BertForMaskedLM, load_bert
 from data import Batch, Tokenizer, mask_tokens
-from embed import DiffCSE, check_pooling, encode  # noqa: F401  (users import DiffCSE)
+from embed import DiffCSE, encode  # noqa: F401  (users import DiffCSE)
 from engine import cli, demo, distributed, fast, hub
 from engine.errors import UserError, run_main
 from engine.checkpoint import Metrics
 from engine.device import pick_device
+from engine.pretrained import load_encoder, load_generator
 from engine.run import Run
 from engine.tokens import TokenizedSentences
 from eval_sts import make_score
@@ -331,35 +332,20 @@ class DiffCSEModel(nn.Module):
         logits, replaced, mask = (t[:, : batch.width] for t in (logits, replaced, mask))
         return replaced_token_loss(logits, replaced, mask, cfg.pads_in_loss, cfg.reduction)
 
+    @torch.no_grad()
+    def h_gap(self, batch: Batch) -> float:
+        """How much the discriminator's loss rises if every sentence gets another one's h.
 
-def load_encoder(cfg: Config) -> tuple[Tokenizer, Bert]:
-    folder = hub.find_model(cfg.model)
-    tokenizer, encoder = Tokenizer(folder), load_bert(folder, dropout=cfg.dropout)
-    if cfg.max_length > encoder.max_length:
-        raise UserError(f"--max-length is above the {encoder.max_length} positions of {cfg.model}")
-    if tokenizer.mask_id is None:
-        raise UserError(f"{folder}: the vocabulary has no mask token, which training needs")
-    check_pooling(encoder, cfg.pooling)
-    return tokenizer.check_fits(folder, encoder.cfg.vocab_size), encoder
-
-
-def load_generator(cfg: Config, tokenizer: Tokenizer) -> BertForMaskedLM:
-    """The generator, which must share the encoder's vocabulary: its output ids are compared."""
-    folder = hub.find_model(cfg.generator)
-    generator = load_bert(folder, mlm=True)
-    if Tokenizer(folder).vocabulary() != tokenizer.vocabulary():
-        raise UserError(
-            f"--generator {cfg.generator} has another vocabulary than --model {cfg.model}; use "
-            "distilbert-base-uncased with bert-base-uncased, distilroberta-base with roberta-base"
-        )
-    W, max_length = generator.cfg.vocab_size, generator.bert.max_length
-    if W < tokenizer.vocab_size or max_length < cfg.max_length:
-        raise UserError(
-            f"--generator {cfg.generator} has {W} words and {max_length} positions; at least "
-            f"{tokenizer.vocab_size} and {cfg.max_length} (--max-length) are needed"
-        )
-    generator.head.bias.data[tokenizer.vocab_size :] = -torch.inf  # ids that no token has
-    return generator
+        0: it does not read h, so h learns nothing from it. Without dropout, and with the same
+        edits. In nats a token, if the loss is a mean. Not in the paper.
+        """
+        self.eval()
+        h, losses = self.projector(self.encoder(batch.x, batch.mask, cls_only=True)[:, 0]), []
+        for given in (h, h.roll(batch.views, 0)):
+            torch.manual_seed(self.cfg.seed)  # `--edit sample` draws
+            losses.append(self.difference_loss(given, batch)[0])
+        self.train()
+        return (losses[1] - losses[0]).item()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -432,6 +418,8 @@ def train(cfg: Config, name: str = "run", model_class: type[DiffCSEModel] = Diff
         embed = partial(encode, encoder, tokenizer, **options)
         embed_amp = partial(embed, amp=amp)  # encode() switches to eval mode, and back
 
+        # A batch that is not trained on, unless the run is longer than an epoch
+        held_out = draw_batch(sentences, tokenizer, cfg, total).to(device)
         run.begin(model, optimizer, scaler, sentences, score, total)  # --resume: sets run.step
         if run.step == 0 and distributed.is_main():
             run.scores["before"] = score.test(embed)
@@ -450,6 +438,8 @@ def train(cfg: Config, name: str = "run", model_class: type[DiffCSEModel] = Diff
 
             if run.log_due():
                 run.log_metrics(lr)  # raises UserError if a loss is NaN or infinite
+            if run.eval_due() and model.discriminator is not None:
+                run.log_h_gap(model.h_gap(held_out))  # all processes: their losses are added
             if run.eval_due() and distributed.is_main():
                 scores = score.dev(embed_amp)
                 run.log_scores(scores, score.name)

@@ -99,7 +99,8 @@ class Run:
     the steps since the last line of the log. lab/pretrain.py subclasses this.
     """
 
-    SAVED = "name command settings checksums step best best_step scores earlier_seconds".split()
+    SAVED = "name command settings checksums step best best_step scores".split()
+    SAVED += ["h_gap", "earlier_seconds"]
     CHECKED = {  # metrics that must be finite
         "contrastive": "the contrastive loss",
         "difference": "the discriminator's loss",
@@ -118,6 +119,7 @@ class Run:
         self.step, self.best, self.best_step = 0, -math.inf, 0
         self.scores: dict[str, dict[str, float]] = {}  # before training
         self.pending: list[Metrics] = []
+        self.h_gap: float | None = None  # None: no discriminator
         self.earlier_seconds = 0.0
         self.began = self.saved = self.logged = time.monotonic()
         self.stack = contextlib.ExitStack()
@@ -339,6 +341,10 @@ class Run:
         self.bar.write(f"step {self.step:>6}  {title}: {scores['score']:.2f}{comment}")
         self.logged = time.monotonic()
 
+    def log_h_gap(self, h_gap: float) -> None:
+        self.h_gap = round(h_gap, 6)
+        self.log(step=self.step, h_gap=self.h_gap)
+
     def is_best(self, scores: dict[str, float]) -> bool:
         return scores["score"] > self.best
 
@@ -416,6 +422,7 @@ class Run:
             "dev_before": self.scores["dev_before"]["score"],
             "dev_best": self.best,
             "best_step": self.best_step,
+            "h_gap": self.h_gap,
             "fast": self.cfg.fast,
             "compile": self.cfg.compile,
         }

@@ -32,14 +32,13 @@ from diffcse import (
     DiffCSEModel,
     at_least_fp32,
     edit_sentences,
-    load_encoder,
-    load_generator,
     main,
     replaced_token_loss,
 )
 from engine import distributed, hub
 from engine.checkpoint import Metrics
 from engine.errors import UserError, run_main
+from engine.pretrained import load_encoder, load_generator
 from engine.tokens import TokenizedSentences
 from lab.running_text import read_running_text, read_with_next
 
@@ -316,12 +315,18 @@ class AblationModel(DiffCSEModel):
         """With next sentences, rows alternate: a sentence, its next one, and both once more."""
         if not self.cfg.is_ablation:
             return super().forward(batch)
+        return super().forward(self.with_next(batch))
+
+    def h_gap(self, batch: Batch) -> float:
+        return super().h_gap(self.with_next(batch))
+
+    def with_next(self, batch: Batch) -> Batch:
         # Ablations have shapes of their own: the columns of a GPU's static shape are left out.
         batch = Batch(*(t[:, : batch.width] for t in batch.tensors()), batch.views)
         if self.cfg.condition_on == "same":
-            return super().forward(batch)
+            return batch
         own, following = (batch.take(slice(i, None, 2), 2) for i in (0, 1))
-        return super().forward(BatchWithNext(*own.tensors(), following=following))
+        return BatchWithNext(*own.tensors(), following=following)
 
     def difference_loss(self, h: Tensor, batch: Batch) -> Loss:
         """The mean of the losses, so that lam keeps its meaning; counts are added.

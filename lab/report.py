@@ -45,6 +45,7 @@ CURVES = {  # fields of log.jsonl, and what to look for
     "negative_cosine": "of different sentences: should stay near 0; if it rises, vectors collapse",
     "accuracy_replaced": "share of replaced tokens that D finds: 0 if it calls all original",
     "accuracy_original": "share of original tokens that D calls original: near 1 is easy",
+    "h_gap": "rise of D's loss if each sentence gets another one's h: 0 if D does not read h",
     "share_replaced": "share of tokens that the generator changed",
     "grad_norm": "gradient norm before clipping; a peak is an unusual step",
 }

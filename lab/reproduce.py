@@ -31,10 +31,11 @@ import numpy as np
 
 from bert import read_json
 from data import Tokenizer
-from diffcse import PRESETS, Config, load_generator
+from diffcse import PRESETS, Config
 from engine.cli import Parser, comma_list, flag, make_parser, parse, positive_int
 from engine.errors import UserError, run_main, write_atomically
 from engine.hub import find_model
+from engine.pretrained import load_generator
 from eval_sts import TEST_SETS
 from lab.ablations import AblationConfig
 from lab.tables import format_table

@@ -178,6 +178,51 @@ def test_generator_dropout_switch(tiny, dropout):
     assert torch.equal(*logits) != dropout
 
 
+def test_h_gap_by_hand(tiny):
+    """Row by row: D's mean loss with the h of the sentence before, minus with its own."""
+    model, batch = model_and_batch(tiny, generator_dropout=True, edit="sample", dropout=0.3)
+    model.projector(torch.randn(64, 16, dtype=torch.float64))  # running statistics
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = model.h_gap(batch)
+    assert model.training and model.generator.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    model.eval()
+    torch.manual_seed(model.cfg.seed)
+    x_edited, replaced = edit_sentences(model.generator, batch, model.tokenizer, model.cfg)
+    h = model.projector(model.encoder(batch.x, batch.mask)[:, 0])
+    losses = {0: 0.0, 2: 0.0}  # by distance in rows: two views of a sentence
+    for distance in losses:
+        for row in range(len(h)):
+            one = slice(row, row + 1)
+            given = h[row - distance][None]
+            states = model.discriminator(x_edited[one], batch.mask[one], cls_vector=given)
+            log_p = model.head(states)[0].log_softmax(-1)
+            losses[distance] -= sum(
+                log_p[t, int(replaced[row, t])].item() for t in range(len(log_p))
+            )
+    expected = (losses[2] - losses[0]) / batch.x.numel()
+    assert abs(expected) > 1e-6
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_h_gap_of_a_discriminator_that_cannot_look_at_position_0_is_that_of_position_0(tiny):
+    """Other tokens have no way to h. Position 0 is always original, so its h says nothing."""
+    model, batch = model_and_batch(tiny)
+    model.projector(torch.randn(64, 16, dtype=torch.float64))
+    whole, attend = model.h_gap(batch), model.discriminator.forward
+
+    def blind(x: Tensor, mask: Tensor, cls_vector: Tensor) -> Tensor:
+        states = attend(x, mask & (torch.arange(x.shape[1]) > 0), cls_vector=cls_vector)
+        seen.append(states[:, 1:])
+        return states.index_fill(1, torch.tensor(0), 0.0)
+
+    seen = []
+    model.discriminator.forward = blind
+    assert model.h_gap(batch) == 0 != whole
+    assert torch.equal(*seen)
+
+
 def test_lambda_0_builds_neither_generator_nor_discriminator(tiny):
     model, _ = model_and_batch(tiny, lam=0.0, generator="no such generator")
     assert model.generator is None and model.discriminator is None and not hasattr(model, "head")
@@ -232,7 +277,7 @@ def test_imports_go_one_way_and_need_nothing_else():
     """What a file of the core or the engine may import stands before it in this list."""
     order = """bert engine.errors engine.hub engine.tokenizer_folder engine.distributed data
         engine.tokens engine.cli engine.device engine.checkpoint engine.model_folder engine.fast
-        engine.run engine.index embed eval_sts engine.demo diffcse""".split()
+        engine.run engine.index embed eval_sts engine.demo engine.pretrained diffcse""".split()
     installed = {"torch", "numpy", "tokenizers", "huggingface_hub", "tqdm"}
     files = {*ROOT.glob("*.py"), *(ROOT / "engine").glob("*.py")} - {ROOT / "engine/__init__.py"}
     assert {ROOT / f"{name.replace('.', '/')}.py" for name in order} == files
