@@ -1,0 +1,119 @@
+"""Does the discriminator read h, and does h gain by it? DiffCSE with another h, or with D alone.
+
+    # 1. D and its head alone, f and projector fixed: when does D start to read h?
+    python -m lab.reads_h --config small --only-d --objective masked --mask-ratio 0.6 --lam 1 \
+        --lr 5e-4 --steps 600 --out-dir runs/d
+    # 2. Everything, from that D, with the h of its own sentence or with something else in its place
+    python -m lab.reads_h --config small --d-from runs/d --given other --lam 1 --out-dir runs/other
+    python -m lab.report runs/own runs/other       # scores, and the curve of h_gap
+
+The arms of an experiment differ in `--given` alone, or in `--lam 0`. A run of `--only-d` leaves its
+D in d.safetensors, with the projector, through which D reads h. h_gap (diffcse.py) always compares
+a sentence's own h with another's, whatever D was trained with.
+Not in the paper, where no ablation removes, shuffles or detaches h.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from bert import read_safetensors, write_safetensors
+from data import Batch
+from diffcse import PRESETS, train
+from engine import cli
+from engine.checkpoint import Metrics
+from engine.errors import UserError, atomic_file, run_main
+from lab.ablations import AblationConfig, AblationModel
+
+Given = Literal["own", "other", "detached", "none"]
+D_FILE = "d.safetensors"
+PARTS = ("projector", "discriminator", "head", "heads", "mlm_head")  # what D_FILE has
+
+
+@dataclass
+class ReadsHConfig(AblationConfig):
+    """Settings of a run."""
+
+    given: Given = "own"  # what D reads: h, another sentence's, h without its gradient, or [CLS]
+    only_d: bool = False  # train D and its head alone
+    d_from: str = ""  # a run of --only-d, whose D and projector this run starts from
+    d_layers: int | None = None  # the first layers of D that are kept (default: all)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.d_from:
+            self.d_from = os.path.abspath(os.path.expanduser(self.d_from))
+        if self.edit_as != "difference":
+            raise UserError(f"--edit-as {self.edit_as} has no discriminator")
+        if self.given == "none" and self.views == "first":
+            raise UserError("--given none excludes --views first")
+        if self.only_d and self.lam == 0:
+            raise UserError("--only-d needs --lam above 0: its loss is lam * difference")
+        cli.check(self, [("d_layers", self.d_layers is None or self.d_layers >= 1, "at least 1")])
+
+
+class ReadsHModel(AblationModel):
+    """AblationModel whose D is given something else than h, or is trained alone."""
+
+    @classmethod
+    def from_pretrained(cls, cfg: ReadsHConfig) -> "ReadsHModel":
+        model = super().from_pretrained(cfg)
+        if model.discriminator is not None and cfg.d_layers:
+            model.discriminator.layers = model.discriminator.layers[: cfg.d_layers]
+        if cfg.d_from:
+            model.load_d(Path(cfg.d_from) / D_FILE)
+        if cfg.only_d:
+            model.encoder.requires_grad_(False)
+            model.projector.requires_grad_(False)
+        return model
+
+    def d_tensors(self) -> dict[str, Tensor]:
+        state = self.state_dict()
+        return {name: state[name] for name in state if name.partition(".")[0] in PARTS}
+
+    def load_d(self, path: Path) -> None:
+        """A head that the file lacks, because D had another objective, stays new."""
+        if not path.is_file():
+            raise UserError(f"--d-from {path.parent}: not a finished run of --only-d (no {D_FILE})")
+        saved, own = read_safetensors(path), self.d_tensors()
+        if self.discriminator is None:  # lam is 0: the same projector, but no D
+            saved = {name: saved[name] for name in own}
+        body = [name for name in own if not name.startswith("head") and name[:3] != "mlm"]
+        if any(name not in saved or saved[name].shape != own[name].shape for name in body):
+            raise UserError(f"--d-from {path.parent}: that D has another size, or other layers")
+        for name in own.keys() & saved.keys():
+            own[name].copy_(saved[name])
+
+    def difference_loss(self, h: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+        given = self.cfg.given
+        if given == "none":
+            h = None  # the embedding of [CLS] stays
+        elif given == "other" and self.training:  # h_gap, in eval mode, gives it both
+            h = h.roll(batch.views, 0)
+        elif given == "detached":
+            h = h.detach()
+        return super().difference_loss(h, batch)
+
+
+def main() -> None:
+    name, cfg = cli.parse(ReadsHConfig, PRESETS)
+    made = []
+
+    class Kept(ReadsHModel):
+        @classmethod
+        def from_pretrained(cls, cfg: ReadsHConfig) -> ReadsHModel:
+            made.append(super().from_pretrained(cfg))
+            return made[-1]
+
+    folder = Path(train(cfg, name, Kept)["folder"])
+    if cfg.only_d:
+        with atomic_file(folder / D_FILE) as path:
+            write_safetensors(path, made[-1].d_tensors())
+        print(f"The discriminator is in {folder / D_FILE}")
+
+
+if __name__ == "__main__":
+    run_main(main)
