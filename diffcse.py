@@ -22,6 +22,7 @@ Shapes: B sentences, V views each (files with 2 columns: a pair; with 3: a hard 
 R = B * V rows (row V*i + v is view v of sentence i), T tokens including padding, D hidden size.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -333,19 +334,24 @@ class DiffCSEModel(nn.Module):
         return replaced_token_loss(logits, replaced, mask, cfg.pads_in_loss, cfg.reduction)
 
     @torch.no_grad()
-    def h_gap(self, batch: Batch) -> float:
-        """How much the discriminator's loss rises if every sentence gets another one's h.
+    def h_gap(self, batch: Batch) -> float | None:
+        """How much the difference loss rises if each sentence's edit is judged by another's h.
 
-        0: it does not read h, so h learns nothing from it. Without dropout, and with the same
-        edits. In nats a token, if the loss is a mean. Not in the paper.
+        0: the discriminator does not use what h says of its sentence. Without dropout; seeds
+        torch's generator, so that both losses are of the same edits. None: lam is 0.
+        Not in the paper.
         """
-        self.eval()
-        h, losses = self.projector(self.encoder(batch.x, batch.mask, cls_only=True)[:, 0]), []
+        if self.discriminator is None:
+            return None
+        training, losses = self.training, []
+        projector = deepcopy(self.eval().projector).train()  # this batch's statistics, as in a step
+        cls = self.encoder(batch.x, batch.mask, cls_only=True)[:, 0]
+        h = projector(distributed.all_gather(cls))
         for given in (h, h.roll(batch.views, 0)):
-            torch.manual_seed(self.cfg.seed)  # `--edit sample` draws
-            losses.append(self.difference_loss(given, batch)[0])
-        self.train()
-        return (losses[1] - losses[0]).item()
+            torch.manual_seed(self.cfg.seed)  # of `--edit sample`
+            losses.append(self.difference_loss(distributed.own_rows(given), batch)[0])
+        self.train(training)
+        return distributed.mean(losses[1] - losses[0]).item()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -418,9 +424,10 @@ def train(cfg: Config, name: str = "run", model_class: type[DiffCSEModel] = Diff
         embed = partial(encode, encoder, tokenizer, **options)
         embed_amp = partial(embed, amp=amp)  # encode() switches to eval mode, and back
 
-        # A batch that is not trained on, unless the run is longer than an epoch
-        held_out = draw_batch(sentences, tokenizer, cfg, total).to(device)
         run.begin(model, optimizer, scaler, sentences, score, total)  # --resume: sets run.step
+        # After the last one, so not trained on in a run below an epoch, whose last batch is short
+        extra = total + ((total + 1) % sentences.batches_per_epoch(cfg.batch_size) == 0)
+        gap_batch = draw_batch(sentences, tokenizer, cfg, extra).shard().to(device)
         if run.step == 0 and distributed.is_main():
             run.scores["before"] = score.test(embed)
             run.scores["first_last"] = score.test(partial(embed, pooling="avg_first_last"))
@@ -438,13 +445,13 @@ def train(cfg: Config, name: str = "run", model_class: type[DiffCSEModel] = Diff
 
             if run.log_due():
                 run.log_metrics(lr)  # raises UserError if a loss is NaN or infinite
-            if run.eval_due() and model.discriminator is not None:
-                run.log_h_gap(model.h_gap(held_out))  # all processes: their losses are added
-            if run.eval_due() and distributed.is_main():
-                scores = score.dev(embed_amp)
-                run.log_scores(scores, score.name)
-                if run.is_best(scores):
-                    run.save_best(scores)
+            if run.eval_due():
+                h_gap = model.h_gap(gap_batch)  # of all processes
+                if distributed.is_main():
+                    scores = score.dev(embed_amp)
+                    run.log_scores(scores, score.name, h_gap)
+                    if run.is_best(scores):
+                        run.save_best(scores)
             run.save_or_stop()  # on Ctrl-C or SIGTERM
 
         if not distributed.is_main():

@@ -16,6 +16,7 @@ QUERIES = (
     "Heavy rain caused floods in several villages.",
 )
 TOP_K = 2
+READS = 0.001  # nats a token; below, h_gap moves up and down around 0
 
 
 def show(cfg, diffcse: dict, simcse: dict) -> None:
@@ -31,10 +32,9 @@ def show(cfg, diffcse: dict, simcse: dict) -> None:
     test_set = list(diffcse["after"])[-1]  # the sets before it select the step
     print("\nSpearman x 100 on the test pairs")
     print(format_table(rows, [test_set]))
-    reads = "reads h" if diffcse["h_gap"] >= 0.001 else "does not read h yet"
-    print(
-        f"\nThe discriminator {reads}: another sentence's h costs it {diffcse['h_gap']:.3f} nats."
-    )
+    if (gap := diffcse["h_gap"]) is not None:  # lam is not 0
+        reads = "reads h" if gap >= READS else "does not read h yet"
+        print(f"\nThe discriminator {reads}: another sentence's h costs it {gap:.3f} nats a token")
 
     sentences = [row[0] for row in read_sentences(find_text(cfg.train_file, cfg.data))]
     print(f"\nNearest of the {len(sentences):,} training sentences, before and after")

@@ -1,6 +1,6 @@
 """The pretrained models that a run starts from, and whether they fit each other.
 
-Without this file, a generator of another vocabulary would train on nonsense.
+Without this file, a generator of another vocabulary would make edits that mean nothing.
 """
 
 import torch

@@ -99,8 +99,8 @@ class Run:
     the steps since the last line of the log. lab/pretrain.py subclasses this.
     """
 
-    SAVED = "name command settings checksums step best best_step scores".split()
-    SAVED += ["h_gap", "earlier_seconds"]
+    SAVED = """name command settings checksums step best best_step scores h_gap
+        earlier_seconds""".split()
     CHECKED = {  # metrics that must be finite
         "contrastive": "the contrastive loss",
         "difference": "the discriminator's loss",
@@ -329,7 +329,7 @@ class Run:
         self.bar.set_postfix_str(f"loss {row['loss'] or math.nan:.4f}", refresh=False)
         self.pending, self.logged = [], now
 
-    def log_scores(self, scores: dict[str, float], title: str) -> None:
+    def log_scores(self, scores: dict[str, float], title: str, h_gap: float | None = None) -> None:
         """The scores of an evaluation. The time since the last log_metrics is not training."""
         comment = " (before training)" if self.step == 0 else ""
         if self.step and self.is_best(scores):
@@ -337,13 +337,13 @@ class Run:
             comment = f" (best so far{', below step 0' * is_below})"
         if self.step == 0:
             self.scores["dev_before"] = scores
-        self.log(step=self.step, **scores)
+        if h_gap is None:
+            self.log(step=self.step, **scores)
+        else:
+            self.h_gap = round(h_gap, 6) if math.isfinite(h_gap) else None  # JSON has no NaN
+            self.log(step=self.step, **scores, h_gap=self.h_gap)
         self.bar.write(f"step {self.step:>6}  {title}: {scores['score']:.2f}{comment}")
         self.logged = time.monotonic()
-
-    def log_h_gap(self, h_gap: float) -> None:
-        self.h_gap = round(h_gap, 6)
-        self.log(step=self.step, h_gap=self.h_gap)
 
     def is_best(self, scores: dict[str, float]) -> bool:
         return scores["score"] > self.best

@@ -312,16 +312,18 @@ class AblationModel(DiffCSEModel):
         return TokenizedSentences(path, self.tokenizer, cfg.max_length, reader, views)
 
     def forward(self, batch: Batch) -> Loss:
-        """With next sentences, rows alternate: a sentence, its next one, and both once more."""
+        return super().forward(self.prepare(batch))
+
+    def h_gap(self, batch: Batch) -> float | None:
+        return super().h_gap(self.prepare(batch))
+
+    def prepare(self, batch: Batch) -> Batch:
+        """With next sentences, rows alternate: a sentence, its next one, and both once more.
+
+        Ablations have shapes of their own: the columns of a GPU's static shape are left out.
+        """
         if not self.cfg.is_ablation:
-            return super().forward(batch)
-        return super().forward(self.with_next(batch))
-
-    def h_gap(self, batch: Batch) -> float:
-        return super().h_gap(self.with_next(batch))
-
-    def with_next(self, batch: Batch) -> Batch:
-        # Ablations have shapes of their own: the columns of a GPU's static shape are left out.
+            return batch
         batch = Batch(*(t[:, : batch.width] for t in batch.tensors()), batch.views)
         if self.cfg.condition_on == "same":
             return batch

@@ -1,16 +1,17 @@
-"""Does the discriminator read h, and does h gain by it? DiffCSE with another h, or with D alone.
+"""Does the discriminator D read h, and does that help the encoder? Runs with another h, or D alone.
 
-    # 1. D and its head alone, f and projector fixed: when does D start to read h?
+    # 1. D and its head alone, encoder and projector fixed: when does D start to read h?
     python -m lab.reads_h --config small --only-d --objective masked --mask-ratio 0.6 --lam 1 \
         --lr 5e-4 --steps 600 --out-dir runs/d
     # 2. Everything, from that D, with the h of its own sentence or with something else in its place
+    python -m lab.reads_h --config small --d-from runs/d --given own --lam 1 --out-dir runs/own
     python -m lab.reads_h --config small --d-from runs/d --given other --lam 1 --out-dir runs/other
     python -m lab.report runs/own runs/other       # scores, and the curve of h_gap
 
-The arms of an experiment differ in `--given` alone, or in `--lam 0`. A run of `--only-d` leaves its
-D in d.safetensors, with the projector, through which D reads h. h_gap (diffcse.py) always compares
-a sentence's own h with another's, whatever D was trained with.
-Not in the paper, where no ablation removes, shuffles or detaches h.
+The runs of a comparison differ in `--given` alone, or in `--lam 0`. A run of `--only-d` leaves its
+D in d.safetensors, with the projector through which D reads h; `--d-from` needs the same `--model`.
+h_gap (diffcse.py) compares a sentence's own h with another's, whatever D was trained with.
+Not in the paper, where no ablation removes, shuffles or detaches h. Not here: several processes.
 """
 
 import os
@@ -30,14 +31,14 @@ from lab.ablations import AblationConfig, AblationModel
 
 Given = Literal["own", "other", "detached", "none"]
 D_FILE = "d.safetensors"
-PARTS = ("projector", "discriminator", "head", "heads", "mlm_head")  # what D_FILE has
+PARTS = ("projector", "discriminator", "head", "heads", "mlm_head")  # in D_FILE
 
 
 @dataclass
 class ReadsHConfig(AblationConfig):
     """Settings of a run."""
 
-    given: Given = "own"  # what D reads: h, another sentence's, h without its gradient, or [CLS]
+    given: Given = "own"  # what D reads: h, another sentence's, h without gradient, or only [CLS]
     only_d: bool = False  # train D and its head alone
     d_from: str = ""  # a run of --only-d, whose D and projector this run starts from
     d_layers: int | None = None  # the first layers of D that are kept (default: all)
@@ -62,8 +63,10 @@ class ReadsHModel(AblationModel):
     def from_pretrained(cls, cfg: ReadsHConfig) -> "ReadsHModel":
         model = super().from_pretrained(cfg)
         if model.discriminator is not None and cfg.d_layers:
+            if cfg.d_layers > (layers := len(model.discriminator.layers)):
+                raise UserError(f"--d-layers is {cfg.d_layers}, but --model has {layers} layers")
             model.discriminator.layers = model.discriminator.layers[: cfg.d_layers]
-        if cfg.d_from:
+        if cfg.d_from and not cfg.resume:  # a run's state has D
             model.load_d(Path(cfg.d_from) / D_FILE)
         if cfg.only_d:
             model.encoder.requires_grad_(False)
@@ -75,15 +78,20 @@ class ReadsHModel(AblationModel):
         return {name: state[name] for name in state if name.partition(".")[0] in PARTS}
 
     def load_d(self, path: Path) -> None:
-        """A head that the file lacks, because D had another objective, stays new."""
+        """A head that the file lacks, because D had another objective, stays new.
+
+        With lam 0 there is no D: the run has the same projector.
+        """
         if not path.is_file():
             raise UserError(f"--d-from {path.parent}: not a finished run of --only-d (no {D_FILE})")
         saved, own = read_safetensors(path), self.d_tensors()
-        if self.discriminator is None:  # lam is 0: the same projector, but no D
-            saved = {name: saved[name] for name in own}
-        body = [name for name in own if not name.startswith("head") and name[:3] != "mlm"]
-        if any(name not in saved or saved[name].shape != own[name].shape for name in body):
-            raise UserError(f"--d-from {path.parent}: that D has another size, or other layers")
+        for part in ("projector", "discriminator"):
+            shapes = [
+                {name: tensor.shape for name, tensor in tensors.items() if name.startswith(part)}
+                for tensors in (saved, own)
+            ]
+            if shapes[1] and shapes[0] != shapes[1]:
+                raise UserError(f"--d-from {path.parent}: its {part} has another shape")
         for name in own.keys() & saved.keys():
             own[name].copy_(saved[name])
 
@@ -108,7 +116,7 @@ def main() -> None:
             made.append(super().from_pretrained(cfg))
             return made[-1]
 
-    folder = Path(train(cfg, name, Kept)["folder"])
+    folder = Path(train(cfg, name, Kept)["folder"])  # after a kill from here on, start again
     if cfg.only_d:
         with atomic_file(folder / D_FILE) as path:
             write_safetensors(path, made[-1].d_tensors())

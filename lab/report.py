@@ -36,7 +36,12 @@ from lab.ablations import AblationConfig
 from lab.analysis import nearest, vectors_of
 from lab.tables import format_table
 
-NOT_COMPARED = {"seed", "out_dir", *MAY_CHANGE}  # runs that differ only in these are one group
+NOT_COMPARED = {
+    "seed",
+    "out_dir",
+    "d_from",
+    *MAY_CHANGE,
+}  # runs that differ only in these are one group
 CURVES = {  # fields of log.jsonl, and what to look for
     "score": "dev score x 100, which selects the best model",
     "contrastive": "contrastive loss: log B if the views tell nothing (4.16 for 64 sentences)",
@@ -45,7 +50,7 @@ CURVES = {  # fields of log.jsonl, and what to look for
     "negative_cosine": "of different sentences: should stay near 0; if it rises, vectors collapse",
     "accuracy_replaced": "share of replaced tokens that D finds: 0 if it calls all original",
     "accuracy_original": "share of original tokens that D calls original: near 1 is easy",
-    "h_gap": "rise of D's loss if each sentence gets another one's h: 0 if D does not read h",
+    "h_gap": "rise of D's loss if it gets another sentence's h: 0 if D does not read h",
     "share_replaced": "share of tokens that the generator changed",
     "grad_norm": "gradient norm before clipping; a peak is an unusual step",
 }

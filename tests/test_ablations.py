@@ -17,7 +17,7 @@ from conftest import ROOT, Words, one_line, read_log
 import bert
 import diffcse
 from data import Batch
-from engine import cli, distributed
+from engine import cli, distributed, pretrained
 from engine.errors import UserError
 from engine.run import Run
 from lab import ablations
@@ -386,8 +386,8 @@ def test_flags_load_the_models_that_they_need_and_train_them(flags, expected, lo
         read.append(mlm)
         return load(folder, mlm, dropout)
 
-    monkeypatch.setattr(diffcse, "load_bert", load_bert)
-    monkeypatch.setattr(ablations, "load_bert", load_bert)
+    for module in (diffcse, pretrained, ablations):
+        monkeypatch.setattr(module, "load_bert", load_bert)
     unused = [] if "generator" in expected else ["--generator", "./nowhere"]
     model = built(*flags, "--dropout", "0.3", *unused)
     names = ("generator", "discriminator", "head", "mlm_head")
@@ -397,8 +397,8 @@ def test_flags_load_the_models_that_they_need_and_train_them(flags, expected, lo
     alike = [name for name in state if name.startswith(("projector.", "head."))]
     assert all(torch.equal(new_layers[name], state[name]) for name in alike)
     if model.mlm_head:
-        pretrained = load(SMALL_BERT, mlm=True).head.state_dict()
-        assert all(torch.equal(state[f"mlm_head.{n}"], w) for n, w in pretrained.items())
+        weights = load(SMALL_BERT, mlm=True).head.state_dict()
+        assert all(torch.equal(state[f"mlm_head.{n}"], w) for n, w in weights.items())
     encoders = [each for each in (model.encoder, model.discriminator) if each]
     assert {each.cfg.hidden_dropout_prob for each in encoders} == {0.3}
     loss, metrics = model.train()(real_batch(model))

@@ -8,6 +8,7 @@ import torch
 
 from bert import read_safetensors
 from diffcse import draw_batch
+from engine.errors import UserError
 from lab import reads_h
 from lab.reads_h import ReadsHConfig, ReadsHModel
 
@@ -32,7 +33,7 @@ def model_and_batch(tiny: Path, **settings) -> tuple[ReadsHModel, object]:
 @pytest.mark.parametrize("objective", ["replaced", "masked"])
 @pytest.mark.parametrize("given", ["own", "other", "detached", "none"])
 def test_what_the_discriminator_is_given(tiny, given, objective):
-    """Of a row's loss, the gradient reaches the h that was given, and no other."""
+    """And whose h gets the gradient of a sentence's loss."""
     model, batch = model_and_batch(tiny, given=given, objective=objective)
     seen = []
 
@@ -41,6 +42,9 @@ def test_what_the_discriminator_is_given(tiny, given, objective):
         return forward(ids, mask, cls_vector)
 
     forward, model.discriminator.forward = model.discriminator.forward, record
+    if given == "other" and objective == "masked":
+        batch.selected[:] = False
+        batch.selected[:2, 1] = True  # of the first sentence
     cls = model.encoder(batch.x, batch.mask)[:, 0]
     h = model.projector(cls).detach().requires_grad_()
     loss, _ = model.difference_loss(h, batch)
@@ -48,6 +52,9 @@ def test_what_the_discriminator_is_given(tiny, given, objective):
     expected = {"own": h, "detached": h, "other": torch.cat([h[-2:], h[:-2]]), "none": None}[given]
     assert seen[0] is expected is None or torch.equal(seen[0], expected)
     assert (h.grad is not None) == (given in ("own", "other"))
+    if given == "other" and objective == "masked":
+        reached = h.grad.abs().sum(1).nonzero().flatten().tolist()
+        assert reached == [len(h) - 2, len(h) - 1]
 
     with torch.no_grad():
         model.eval().difference_loss(h, batch)  # as h_gap calls it
@@ -71,6 +78,11 @@ def test_a_discriminator_trained_alone_and_a_run_that_starts_from_it(tiny, tmp_p
     for name, tensor in encoders[1].items():
         assert torch.equal(tensor, encoders[0][name].to(tensor.dtype)), name
 
+    tanh = ["--lam", "0", "--projector", "tanh"]
+    cfg = reads_h.cli.parse(ReadsHConfig, reads_h.PRESETS, flags(tiny, alone, *tanh))[1]
+    cfg.d_from = str(alone)
+    with pytest.raises(UserError, match="its projector has another shape"):
+        ReadsHModel.from_pretrained(cfg)
     for more in ([], ["--lam", "0"], ["--objective", "masked", "--seed", "4"]):
         cfg = reads_h.cli.parse(ReadsHConfig, reads_h.PRESETS, flags(tiny, alone, *more))[1]
         cfg.d_from = str(alone)
@@ -84,6 +96,8 @@ def test_a_discriminator_trained_alone_and_a_run_that_starts_from_it(tiny, tmp_p
 def test_the_first_layers_of_d(tiny):
     model, batch = model_and_batch(tiny, d_layers=1)
     assert len(model.discriminator.layers) == 1 < len(model.encoder.layers)
+    kept, first = model.discriminator.layers[0], model.encoder.layers[0]
+    assert torch.equal(kept.up.weight, first.up.weight)
     model(batch)[0].backward()
 
 
@@ -91,6 +105,7 @@ MISTAKES = [
     ("--d-from no", "no: not a finished run of --only-d (no d.safetensors)"),
     ("--only-d --lam 0", "--only-d needs --lam above 0"),
     ("--d-layers 0", "--d-layers is 0; it must be at least 1"),
+    ("--d-layers 9", "--d-layers is 9, but --model has 2 layers"),
     ("--edit-as positive", "--edit-as positive has no discriminator"),
     ("--given none --views first", "--given none excludes --views first"),
 ]
@@ -108,4 +123,4 @@ def test_a_d_of_another_size_is_refused(tiny, tmp_path, command):
     assert command(reads_h.main, *words).code == 0
     words = flags(tiny, tmp_path / "out", "--d-from", str(tmp_path / "alone"))
     done = command(reads_h.main, *words)
-    assert done.code == 2 and "that D has another size, or other layers" in done.err
+    assert done.code == 2 and "its discriminator has another shape" in done.err
