@@ -166,9 +166,9 @@ class Run:
         self.start(model, optimizer, scaler, checksums(model, sentences, score), total, about)
 
     def start(
-        self, model, optimizer, scaler, inputs: dict[str, int], total: int | None, about: str
+        self, model, optimizer, scaler, inputs: dict[str, int], total: int, about: str
     ) -> None:
-        """begin() for any model. inputs: checksums by setting; total: steps, None if not known."""
+        """begin() for any model. inputs: checksums by setting; total: steps."""
         cfg, main = self.cfg, distributed.is_main()
         self.model, self.optimizer, self.scaler, self.total = model, optimizer, scaler, total
         if not self.folder:
@@ -208,9 +208,9 @@ class Run:
             + f", from step {self.step}"
             * (self.step > 0)
         )
-        sizes = {"initial": self.step * cfg.batch_size, "unit": f" {self.UNIT}"}
-        sizes["total"] = self.total and self.total * cfg.batch_size
-        self.bar = tqdm(**sizes, unit_scale=True, disable=None)
+        initial, total = self.step * cfg.batch_size, self.total * cfg.batch_size
+        unit = f" {self.UNIT}"
+        self.bar = tqdm(initial=initial, total=total, unit=unit, unit_scale=True, disable=None)
         self.stack.callback(self.bar.close)
         self.logged = time.monotonic()
 

@@ -1,13 +1,12 @@
 """A small BERT from raw text: vocabulary, masked language model, a folder for transformers.
 
-    python -m lab.pretrain --text wiki.txt.xz --minutes 160 --out runs/my-bert
+    python -m lab.pretrain --text wiki.txt.xz --out runs/my-bert
     python -m lab.pretrain --resume runs/my-bert
-    python -m lab.pretrain --text wiki.txt.xz --minutes 5 --model assets/small-bert --layers 1 \
+    python -m lab.pretrain --text wiki.txt.xz --steps 1000 --model assets/small-bert --layers 1 \
         --hidden 64 --out runs/weak                  # a small generator with the same vocabulary
 
-Prints and logs the loss on held-out paragraphs; the model is in best/. The learning rate is
-constant, after a warm-up, until seven tenths of the minutes are over; only then is the number of
-steps fixed. Until then two runs on one machine are identical; with `--steps N`, to the end.
+Prints and logs the loss on held-out paragraphs; the model is in best/. The length is in steps, not
+in minutes: so two runs on one machine are identical, however busy it is.
 Not here: BERT's next-sentence loss, several GPUs, scripts other than Latin (lab/held_out.py).
 
 Shapes: B rows, T tokens including padding, D hidden size, W words of the vocabulary.
@@ -42,9 +41,8 @@ from lab.held_out import score_held_out
 from lab.rows import MAX_LENGTH, read_rows
 
 WARM_UP = 400  # steps over which the rate rises
-DECAY = 0.3  # share of the steps over which it falls to 0
-CLS_WEIGHT, NEXT_WEIGHT = 0.1, 0.15  # of the losses at [CLS]: the row's words, the next row's
-VECTOR_LENGTH = 8.0  # of the words' vectors in those losses
+CLS_WEIGHT, LAST_CLS_WEIGHT = 0.1, 4.0  # of the loss at [CLS]; the second one falls to 0
+LAST = 0.3  # share of the steps with LAST_CLS_WEIGHT
 
 
 @dataclass
@@ -52,15 +50,14 @@ class PretrainConfig:
     """Settings of a run. Each field is a command-line flag, and its comment is the flag's help."""
 
     text: tuple[str, ...] = ()  # UTF-8 text, also .gz, .xz; an empty line ends a document
-    minutes: float = 160.0  # of the run, including reading and counting
-    steps: int | None = None  # exact number of steps, in place of minutes
+    steps: int = 4000  # number of steps
     out: str = ""  # folder of the run (default: runs/small-bert-1, ...)
     resume: str = ""  # folder of an interrupted run
     vocab: int = 8192  # size of the vocabulary, without --model
     model: str = ""  # take the vocabulary of this model; memory grows with its square
     layers: int = 4  # number of encoder layers
-    hidden: int = 256  # hidden size; an attention head for each 64
-    lr: float = 8e-4  # learning rate before it falls
+    hidden: int = 192  # hidden size; an attention head for each 64
+    lr: float = 1.5e-3  # peak learning rate; it rises, then falls to 0
     clip: float = 1.0  # maximum norm of the gradient
     batch_size: int = 4096  # about this many tokens a step, without padding
     seed: int = 0  # of weights, rows, batches and masks
@@ -72,15 +69,13 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         self.text = tuple(os.path.abspath(os.path.expanduser(path)) for path in self.text)
-        positive = ("minutes", "lr", "clip")
-        at_least_1 = ("layers", "batch_size", "eval_every", "log_every")
+        at_least_1 = ("steps", "layers", "batch_size", "eval_every", "log_every")
         rules = [
-            ("steps", self.steps is None or self.steps >= 1, "at least 1"),
             ("vocab", self.vocab >= 100, "at least 100"),
             ("hidden", self.hidden >= 64 and self.hidden % 64 == 0, "a multiple of 64"),
             ("save_minutes", self.save_minutes >= 0, "0 or larger"),
             ("seed", 0 <= self.seed < 2**63, "at least 0 and below 2^63"),
-            *((name, 0 < getattr(self, name) < math.inf, "positive, finite") for name in positive),
+            *((n, 0 < getattr(self, n) < math.inf, "positive, finite") for n in ("lr", "clip")),
             *((name, getattr(self, name) >= 1, "at least 1") for name in at_least_1),
         ]
         cli.check(self, rules)
@@ -111,46 +106,34 @@ def new_model(vectors: Tensor, bias: Tensor, pad_id: int, layers: int) -> BertFo
 
 
 class Pretraining(nn.Module):
-    """What a step trains: a masked LM whose [CLS] predicts the words of its row and the next one.
+    """What a step trains: a masked LM whose [CLS] predicts the words of its row.
 
-    Masked words are predicted from their neighbours, so the masked LM does not train [CLS]. Here a
-    second head, at position 0, predicts all words of the row, as in a paragraph vector (Le and
-    Mikolov 2014, PV-DBOW), and those of the next row (as in FastSent, Hill et al. 2016), by fixed
-    word vectors from counting: with the masked LM's own, embeddings were worse (RESULTS.md).
+    Masked words are predicted from their neighbours, so the masked LM does not train [CLS]. Here
+    its head, at position 0, also predicts all words of the row, as in a paragraph vector (Le and
+    Mikolov 2014, PV-DBOW), frequent words counting less.
     """
 
-    def __init__(self, cfg: PretrainConfig, mlm: BertForMaskedLM, vectors: Tensor, weights: Tensor):
+    def __init__(self, cfg: PretrainConfig, mlm: BertForMaskedLM, weights: Tensor):
         super().__init__()
-        self.cfg, self.mlm, D = cfg, mlm, mlm.cfg.hidden_size
-        self.cls_head = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.LayerNorm(D), nn.Linear(D, D))
-        self.cls_bias = nn.Parameter(mlm.head.bias.detach().clone())  # (W,) log frequency
-        vectors = VECTOR_LENGTH * F.normalize(vectors, dim=1)
-        self.register_buffer("vectors", vectors)  # (W, D)
-        self.register_buffer("weights", weights)  # (W,)
+        self.cfg, self.mlm, self.cls_weight = cfg, mlm, CLS_WEIGHT
+        self.register_buffer("weights", weights, persistent=False)  # (W,) of words
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Shapes: batch.x (2B, T), each row and then its next one -> loss (), metrics."""
-        x, mask = batch.x[::2, : batch.width], batch.mask[::2, : batch.width]  # (B, T)
-        selected = batch.selected
+        """Shapes: batch (B, T) -> loss (), metrics."""
+        x, selected = batch.x, batch.selected
         # In bf16 on a CPU, a step with plain attention takes a quarter less time at these lengths.
         with sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else contextlib.nullcontext():
-            states = self.mlm.bert(batch.x_masked, mask)  # (B, T, D)
+            states = self.mlm.bert(batch.x_masked, batch.mask)  # (B, T, D)
         embeddings = self.mlm.bert.embeddings.word.weight  # (W, D)
         logits = self.mlm.head(states[selected], embeddings)  # (masked, W)
         mlm_loss = F.cross_entropy(logits.float(), x[selected], reduction="sum")
         mlm_loss = mlm_loss / selected.sum().clamp_min(1)  # a short batch may have none
-        cls_logits = F.linear(self.cls_head(states[:, 0]), self.vectors, self.cls_bias)  # (B, W)
-        log_p = cls_logits.float().log_softmax(-1)
-        cls_loss = self.words_loss(log_p, x)
-        next_loss = self.words_loss(log_p, batch.x[1::2])
-        loss = mlm_loss + CLS_WEIGHT * cls_loss + NEXT_WEIGHT * next_loss
-        losses = {"loss": loss, "mlm": mlm_loss, "cls": cls_loss, "next": next_loss}
+        log_p = self.mlm.head(states[:, 0], embeddings).float().log_softmax(-1)  # (B, W)
+        weights = self.weights[x]  # (B, T)
+        cls_loss = -(weights * log_p.gather(1, x)).sum() / weights.sum().clamp_min(1e-9)
+        loss = mlm_loss + self.cls_weight * cls_loss
+        losses = {"loss": loss, "mlm": mlm_loss, "cls": cls_loss}
         return loss, {name: (value.detach(), 1) for name, value in losses.items()}
-
-    def words_loss(self, log_p: Tensor, ids: Tensor) -> Tensor:
-        """Shapes: log_p (B, W), ids (B, T) -> ()."""
-        weight = self.weights[ids]  # (B, T)
-        return -(weight * log_p.gather(1, ids)).sum() / weight.sum().clamp_min(1e-9)
 
 
 def make_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
@@ -165,26 +148,16 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
 
 
 class PretrainRun(Run):
-    """A run whose number of steps, `total`, may be fixed on the way: see `fix_total`."""
-
-    SAVED = [*Run.SAVED, "tokens", "total"]
+    SAVED = [*Run.SAVED, "tokens"]
     CHECKED = {"mlm": "the masked-LM loss", "loss": "the loss", "grad_norm": "the gradient"}
     UNIT = "tokens"
     tokens = 0  # seen so far
 
-    def fix_total(self) -> None:
-        """When the last part of the minutes begins, so does the last part of the steps."""
-        if self.total is None and self.seconds() >= (1 - DECAY) * 60 * self.cfg.minutes:
-            if self.step == 0:
-                raise UserError("--minutes is too small: reading and counting took as long")
-            self.total = max(self.step + 1, round(self.step / (1 - DECAY)))
-            self.bar.total = self.total * self.cfg.batch_size
-            self.bar.write(f"{self.total:,} steps; for the same model again: --steps {self.total}")
-
-    def lr(self) -> float:
-        """The learning rate, which rises, stays, and falls to 0."""
-        falling = (1 - self.step / self.total) / DECAY if self.total else 1.0
-        return self.cfg.lr * min((self.step + 1) / WARM_UP, falling, 1.0)
+    def schedule(self) -> tuple[float, float]:
+        """The learning rate, and the weight of the loss at [CLS]."""
+        left = 1 - self.step / self.total
+        weight = CLS_WEIGHT if left > LAST else LAST_CLS_WEIGHT * left / LAST
+        return self.cfg.lr * min((self.step + 1) / WARM_UP, left), weight
 
     def score(self, mlm: BertForMaskedLM, tokenizer: Tokenizer, held_out: list[str]) -> None:
         """Log the held-out score and, after a step, save the model in best/."""
@@ -208,11 +181,11 @@ def train(cfg: PretrainConfig, name: str) -> None:
         tokenizer, rows, held_out = read_rows(cfg.text, cfg.model, cfg.vocab, cfg.seed)
         inputs = {"text": rows.checksum + zlib.crc32("\n".join(held_out).encode())}
         torch.manual_seed(cfg.seed)
-        vectors = word_vectors(rows, tokenizer, cfg.hidden)
         counts = np.bincount(rows.ids, minlength=tokenizer.vocab_size)
+        vectors = word_vectors(rows, tokenizer, cfg.hidden)
         mlm = new_model(vectors, log_frequency(counts), tokenizer.pad_id, cfg.layers)
         weights = word_weights(counts, tokenizer.special_ids)
-        model = Pretraining(cfg, mlm, vectors, weights).to(device)
+        model = Pretraining(cfg, mlm, weights).to(device)
         optimizer = make_optimizer(model, cfg.lr)
         scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
         step_fn = fast.accelerate(partial(train_step, model, optimizer, scaler, amp), model)
@@ -222,11 +195,11 @@ def train(cfg: PretrainConfig, name: str) -> None:
             run.score(mlm, tokenizer, held_out)
         batches = rows.batches(cfg.batch_size, cfg.seed, run.step)
         while run.step != run.total:
-            run.fix_total()
-            batch, lr = next(batches), run.lr()
+            batch = next(batches)
+            lr, model.cls_weight = run.schedule()
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            run.tokens += int(batch.mask[::2].sum())
+            run.tokens += int(batch.mask.sum())
             run.add(step_fn(batch.to(device)))
             if run.log_due():
                 run.log_metrics(lr)

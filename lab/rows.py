@@ -86,8 +86,6 @@ class Rows(TokenizedSentences):
 
     A length is drawn for each row, between a quarter of MAX_LENGTH and MAX_LENGTH tokens. A row
     takes its first sentence, and further ones while they fit.
-    Attributes: following, the number of the next row. The last row of a document is its own next
-    one; so in a file of one sentence a line, every row is.
     """
 
     def __init__(self, documents: list[list[str]], tokenizer: Tokenizer, seed: int):
@@ -112,9 +110,6 @@ class Rows(TokenizedSentences):
         starts = np.append(cls[begins], len(self.ids))
         self.starts = np.append(0, kept.cumsum())[starts]
         self.ids = self.ids[kept]
-        last = np.cumsum(list(map(len, documents))) - 1  # sentence of each document
-        self.following = np.arange(1, len(self) + 1)
-        self.following[begins.cumsum()[last] - 1] -= 1
         self.tokenizer, self.continues = tokenizer, continuing_pieces(tokenizer)
 
     def draw(self, batch_size: int, seed: int) -> Iterator[np.ndarray]:
@@ -137,19 +132,13 @@ class Rows(TokenizedSentences):
                     yield batches[i]
 
     def batches(self, batch_size: int, seed: int, first: int) -> Iterator[Batch]:
-        """The batch of each step from `first` on, a function of (seed, step), without end.
-
-        Shapes: x, mask (2B, T), each row and then its next one; x_masked, selected (B, width),
-        the rows alone. So Batch's first_views and take do not apply.
-        """
+        """The batch of each step from `first` on, a function of (seed, step), without end."""
         drawn = itertools.islice(enumerate(self.draw(batch_size, seed)), first, None)
         for step, numbers in drawn:
-            both = np.stack([numbers, self.following[numbers]], 1).reshape(-1)  # (2B,)
-            x, mask = self.rows(both)
-            width = int(mask[::2].sum(1).max())
+            x, mask = self.rows(numbers)
             rng = torch.Generator().manual_seed(derive_seed(seed, 2, step))
-            masked = mask_words(x[::2, :width], self.tokenizer, self.continues, rng)
-            yield Batch(x, mask, *masked, views=2, width=width)
+            masked = mask_words(x, self.tokenizer, self.continues, rng)
+            yield Batch(x, mask, *masked, views=1)
 
 
 def read_rows(

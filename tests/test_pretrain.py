@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 from conftest import ROOT, one_line, read_log
 from torch.nn.utils.rnn import pad_sequence
@@ -78,14 +77,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file): file.read_bytes() for file in files}
 
 
-def make_batch(rows: list[list[int]], tokenizer: Tokenizer, following=None) -> Batch:
-    """Padded rows, masked by mask_words, and the rows that follow (None: the same)."""
-    rows = [row for pair in zip(rows, following or rows) for row in pair]
-    width = max(map(len, rows[::2]))
+def make_batch(rows: list[list[int]], tokenizer: Tokenizer) -> Batch:
+    """Padded rows, masked by mask_words."""
     x = pad_sequence(list(map(torch.tensor, rows)), True, tokenizer.pad_id)
     continues, rng = rows_py.continuing_pieces(tokenizer), torch.Generator().manual_seed(0)
-    masked = rows_py.mask_words(x[::2, :width], tokenizer, continues, rng)
-    return Batch(x, x != tokenizer.pad_id, *masked, views=2, width=width)
+    masked = rows_py.mask_words(x, tokenizer, continues, rng)
+    return Batch(x, x != tokenizer.pad_id, *masked, views=1)
 
 
 # ------------------------------------------------------------------------------------------- text
@@ -132,7 +129,7 @@ def test_rows_are_whole_sentences_in_order_within_a_document(small, text, monkey
     made = rows_py.Rows(documents, tokenizer, seed=4)
     # No row has sentences of two documents, or would have had space for the next sentence
     limits = iter(np.random.default_rng([4, 3]).integers(longest // 4, longest + 1, len(made)))
-    expected, following = [], []
+    expected = []
     for document in documents:
         document = [s for paragraph in document for s in running_text.split_sentences(paragraph)]
         lengths, sentences = [len(i) - 2 for i in tokenizer(document, longest)], list(document)
@@ -144,9 +141,7 @@ def test_rows_are_whole_sentences_in_order_within_a_document(small, text, monkey
                 space -= lengths.pop(0)
             rows.append(" ".join(row))
         expected += rows
-        following += [*rows[1:], *rows[-1:]]
-    assert unpack(made) == tokenizer(expected, longest)
-    assert [expected[i] for i in made.following] == following and next(limits, None) is None
+    assert unpack(made) == tokenizer(expected, longest) and next(limits, None) is None
 
 
 @pytest.mark.parametrize("pool", [16_384, 200])
@@ -187,7 +182,7 @@ def test_whole_words_are_masked_with_all_their_pieces():
         previous = word
     masked = (batch.x_masked == tokenizer.mask_id)[batch.selected].float().mean()
     assert abs(masked - 0.8) < 0.02
-    assert torch.equal(batch.x_masked[~batch.selected], batch.x[::2][~batch.selected])
+    assert torch.equal(batch.x_masked[~batch.selected], batch.x[~batch.selected])
 
 
 # --------------------------------------------------------------------------------------- counting
@@ -259,35 +254,21 @@ def test_losses_equal_transformers_and_a_loop(theirs):
     tokenizer, model = Tokenizer(SMALL), load_bert(SMALL, mlm=True)
     texts = ["A man is playing a guitar.", "", "The the THE cat!", "Ünïcödé ☃ unknown", "x" * 200]
     rows, special = tokenizer(texts, 40), tokenizer.special_ids
-    following = tokenizer(["Next.", "a longer next row " * 20, "", "guitar cat", "y"], 64)
-    batch = make_batch(rows, tokenizer, following)
+    batch = make_batch(rows, tokenizer)
     torch.manual_seed(1)
     weights = torch.rand(tokenizer.vocab_size)
     weights[special] = 0
-    vectors = torch.randn(model.bert.embeddings.word.weight.shape)
-    training = pretrain.Pretraining(pretrain.PretrainConfig(), model, vectors, weights)
-    assert torch.equal(training.cls_bias, model.head.bias)  # log frequencies, at first
-    for p in (training.cls_bias, *training.cls_head.parameters()):
-        p.data += 0.02 * torch.randn(p.shape)
+    training = pretrain.Pretraining(pretrain.PretrainConfig(), model, weights)
+    assert training.cls_weight == 0.1
+    training.cls_weight = 0.7
     loss, metrics = training(batch)
-    x, mask = (t[::2, : batch.width] for t in (batch.x, batch.mask))
-    x_masked, selected = batch.x_masked, batch.selected
-    labels = torch.where(selected, x, -100)
-    out = theirs(input_ids=x_masked, attention_mask=mask.long(), labels=labels)
-    states = theirs.bert(x_masked, attention_mask=mask.long()).last_hidden_state[:, 0]
-    dense, _, norm, out_layer = training.cls_head
-    states = F.gelu(states @ dense.weight.T + dense.bias)
-    spread = (states.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
-    states = (states - states.mean(-1, keepdim=True)) / spread * norm.weight + norm.bias
-    fixed = pretrain.VECTOR_LENGTH * vectors / vectors.norm(dim=1, keepdim=True)
-    logits = (states @ out_layer.weight.T + out_layer.bias) @ fixed.T + training.cls_bias
-    log_p = logits.log_softmax(-1)
-    expected = {"mlm": out.loss}
-    for name, told in {"cls": rows, "next": following}.items():
-        words = [(i, t) for i, row in enumerate(told) for t in row if t not in special]
-        total = sum(weights[token] for _, token in words)
-        expected[name] = -sum(weights[word[1]] * log_p[word] for word in words) / total
-    expected["loss"] = out.loss + 0.1 * expected["cls"] + 0.15 * expected["next"]
+    labels = torch.where(batch.selected, batch.x, -100)
+    out = theirs(input_ids=batch.x_masked, attention_mask=batch.mask.long(), labels=labels)
+    log_p = out.logits[:, 0].log_softmax(-1)
+    words = [(i, t) for i, row in enumerate(rows) for t in row if t not in special]
+    total = sum(weights[token] for _, token in words)
+    cls = -sum(weights[word[1]] * log_p[word] for word in words) / total
+    expected = {"mlm": out.loss, "cls": cls, "loss": out.loss + 0.7 * cls}
     for name, value in expected.items():
         assert metrics[name][0].item() == pytest.approx(value.item(), rel=1e-6, abs=1e-5)
         assert metrics[name][1] == 1
@@ -295,7 +276,6 @@ def test_losses_equal_transformers_and_a_loop(theirs):
     ours, others = model.bert, theirs.bert
     a, b = ours.embeddings.word.weight, others.embeddings.word_embeddings.weight
     c, d = ours.layers[0].up.weight, others.encoder.layer[0].intermediate.dense.weight
-    assert "vectors" not in dict(training.named_parameters())
     gradients = torch.autograd.grad(loss, (a, c))
     for x, y in zip(gradients, torch.autograd.grad(expected["loss"], (b, d))):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
@@ -311,7 +291,7 @@ def test_a_step_clips_the_gradient_and_decays_matrices(small):
     vectors = torch.randn(100, 64)
     mlm = pretrain.new_model(vectors, torch.zeros(100), pad_id=0, layers=1)
     cfg = pretrain.PretrainConfig(clip=0.5)
-    model = pretrain.Pretraining(cfg, mlm, vectors, torch.rand(100))
+    model = pretrain.Pretraining(cfg, mlm, torch.rand(100))
     x, mask = rows.rows(np.arange(8))
     batch = make_batch([row[m].tolist() for row, m in zip(x, mask)], tokenizer)
     named = dict(model.named_parameters())
@@ -330,40 +310,16 @@ def test_a_step_clips_the_gradient_and_decays_matrices(small):
         np.testing.assert_allclose(p.detach(), expected.detach(), atol=1e-7)
 
 
-def make_run(**settings) -> pretrain.PretrainRun:
-    cfg = pretrain.PretrainConfig(**settings)
+def test_the_schedule():
+    cfg, found = pretrain.PretrainConfig(steps=10_000, lr=2.0), {}
     run = pretrain.PretrainRun(cfg, "small-bert", torch.device("cpu"), None)
     run.total = cfg.steps
-    return run
-
-
-def test_the_learning_rate():
-    run, found = make_run(steps=10_000, lr=2.0), {}
-    for run.step in (0, 99, 399, 400, 6999, 7001, 8500, 9999):
-        found[run.step] = run.lr()
-    expected = [2 / 400, 0.5, 2, 2, 2, 2 * 2999 / 3000, 1, 2 / 3000]
-    assert list(found.values()) == pytest.approx(expected)
-    run = make_run(lr=2.0)
-    run.step = 10**6
-    assert run.lr() == 2
-
-
-@pytest.mark.parametrize("step", [*range(1, 60), 12_345, 54_321])
-def test_steps_fixed_by_the_clock_change_nothing_before(step):
-    """So a run with --minutes equals the run with the --steps that it prints."""
-    run = make_run(minutes=10, lr=1.0)
-    run.step, run.earlier_seconds = step, 419.0 - run.seconds()
-    run.fix_total()
-    assert run.total is None
-    run.earlier_seconds += 2
-    run.fix_total()
-    assert run.total == max(step + 1, round(step / 0.7))
-    fixed = run.total
-    for run.step in (step - 1, max(step - 7, 0)):
-        assert run.lr() == min((run.step + 1) / 400, 1)
-    run.step += 1000
-    run.fix_total()
-    assert run.total == fixed
+    for run.step in (0, 99, 383, 400, 5000, 6999, 7001, 8500, 9999):
+        found[run.step] = run.schedule()
+    rates, weights = zip(*found.values())
+    falling = [1.92, 1, 0.6002, 0.5998, 0.3, 0.0002]
+    assert rates == pytest.approx([2 / 400, 0.5, 1.92, *falling])
+    assert weights == pytest.approx([0.1] * 6 + [4 * 2999 / 3000, 2, 4 / 3000])
 
 
 def test_the_held_out_score_equals_a_loop_on_transformers(theirs):
@@ -439,49 +395,41 @@ def numbers(out: Path) -> list[dict]:
     ]
 
 
-def test_a_stopped_run_is_resumed_exactly_and_minutes_equal_steps(
-    tmp_path, run, command, monkeypatch
-):
+def test_a_stopped_run_is_resumed_exactly(tmp_path, run, command, monkeypatch):
     out = {name: tmp_path / name for name in ("whole", "early", "late")}
     assert run(out["whole"], steps=23, seed=7).code == 0
-    monkeypatch.setattr(pretrain.PretrainRun, "seconds", lambda self: self.step * 60 / 22.8)
     plain_step, steps = pretrain.train_step, []
 
     def step(*args):
         steps.append(args)
-        if len(steps) in (7, 23 + 22):  # before and after the total is fixed, at step 16
+        if len(steps) in (7, 23 + 22):  # before and after the weight of [CLS] changes
             os.kill(os.getpid(), signal.SIGTERM)
         return plain_step(*args)
 
     monkeypatch.setattr(pretrain, "train_step", step)
-    word_vectors = pretrain.word_vectors
     for name, stopped_at in (("early", 7), ("late", 22)):
-        monkeypatch.setattr(pretrain, "word_vectors", word_vectors)
-        code, printed, error = run(out[name], steps=None, minutes=1, seed=7)
+        code, _, error = run(out[name], steps=23, seed=7)
         assert code == 143 and f"stopped after step {stopped_at}; resume with: " in error
-        assert ("--steps 23" in printed) == (name == "late")
-        monkeypatch.setattr(pretrain, "word_vectors", lambda *args: 1 - word_vectors(*args))
-        done = command(pretrain.main, "--resume", out[name])  # with the saved vectors
+        done = command(pretrain.main, "--resume", out[name])
         assert done.code == 0 and f"from step {stopped_at}" in done.out
         assert numbers(out[name]) == numbers(out["whole"])
         models = [(out[n] / "best/model.safetensors").read_bytes() for n in (name, "whole")]
         assert models[0] == models[1]
     assert len(steps) == 46
     batches = [args[-1] for args in steps[:23]]
-    assert read_log(out["whole"])[-1]["tokens"] == sum(b.mask[::2].sum() for b in batches)
+    assert read_log(out["whole"])[-1]["tokens"] == sum(b.mask.sum() for b in batches)
     tokenizer = Tokenizer(out["whole"] / "best")
     continues = rows_py.continuing_pieces(tokenizer)
     for number, batch in enumerate(batches):
         rng = torch.Generator().manual_seed(derive_seed(7, 2, number))
-        expected = rows_py.mask_words(batch.x[::2, : batch.width], tokenizer, continues, rng)
+        expected = rows_py.mask_words(batch.x, tokenizer, continues, rng)
         assert torch.equal(batch.x_masked, expected[0])
-        assert batch.width == batch.mask[::2].sum(1).max() and batch.views == 2
 
 
 def test_a_resumed_run_needs_the_same_text(tmp_path, run, command, text):
     def stop(*args):
         os.kill(os.getpid(), signal.SIGTERM)
-        return {name: (torch.zeros(()), 1) for name in ("loss", "mlm", "cls", "next", "grad_norm")}
+        return {name: (torch.zeros(()), 1) for name in ("loss", "mlm", "cls", "grad_norm")}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "train_step", stop)
@@ -529,9 +477,9 @@ def test_the_vocabulary_is_the_same_every_time(text):
     [
         ({"vocab": 4000}, r"--vocab is 4000, but only \d+ pieces occur twice"),
         ({"vocab": 20}, "--vocab is 20; it must be at least 100"),
-        ({"minutes": 0}, "--minutes is 0.0; it must be positive, finite"),
-        ({"minutes": "nan"}, "--minutes is nan"),
-        ({"minutes": 1e-4, "steps": None}, "--minutes is too small: reading and counting took as"),
+        ({"steps": 0}, "--steps is 0; it must be at least 1"),
+        ({"lr": 0}, "--lr is 0.0; it must be positive, finite"),
+        ({"clip": "nan"}, "--clip is nan"),
         ({"hidden": 100}, "--hidden is 100; it must be a multiple of 64"),
         ({"hidden": 128}, "--hidden is 128; it must be at most"),
         ({"layers": 0}, "--layers is 0; it must be at least 1"),
@@ -557,7 +505,7 @@ def test_a_run_that_diverges_names_the_step(tmp_path, run, monkeypatch):
 
     def step(*args):
         loss = torch.tensor(next(losses))
-        return {name: (loss, 1) for name in ("loss", "mlm", "cls", "next", "grad_norm")}
+        return {name: (loss, 1) for name in ("loss", "mlm", "cls", "grad_norm")}
 
     monkeypatch.setattr(pretrain, "train_step", step)
     code, _, error = run(tmp_path / "model", steps=40)
