@@ -1,9 +1,11 @@
 """Plots in one style, for files and for HTML pages. Needs matplotlib (pip install matplotlib).
 
-    python -m lab.plots runs/small-bert-1 --out runs/held_out
+    python -m lab.plots runs/small-bert-1 --out runs/held_out     # held-out loss and accuracy
+    python -m lab.plots report.json --field h_gap --out runs/h_gap
 
-writes held_out.png and held_out.svg: held-out loss and accuracy of runs of lab.pretrain. The
-functions plot_* take data and return a figure; lab/analysis.py and lab/report.py use them.
+The first draws runs of lab.pretrain, the second a curve of the groups of `lab.report --json`; each
+writes a .png and a .svg. The functions plot_* take data and return a figure; lab/analysis.py and
+lab/report.py use them.
 
 Shapes: P pairs of sentences.
 """
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bert import read_json
 from data import read_lines
 from engine.cli import Parser
 from engine.errors import UserError, run_main
@@ -171,13 +174,31 @@ def pretraining(out: str, folders: list[Path]) -> None:
     save(fig, out)
 
 
+def groups(out: str, reports: list[Path], field: str) -> None:
+    """A curve of each group of runs in the JSON files of lab.report."""
+    found = {}
+    for report in reports:
+        for group in read_json(report).get("groups", []):
+            if group["curves"].get(field, {}).get("steps"):
+                found[group["name"]] = group["curves"][field]
+    if not found:
+        raise UserError(f"no {field} in {', '.join(map(str, reports))}")
+    fig = plot_curves(list(found), list(found.values()))
+    fig.axes[0].set_ylabel(field)
+    save(fig, out)
+
+
 def main() -> None:
     parser = Parser("python -m lab.plots", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("folders", metavar="RUN", nargs="+", type=Path, help="a run of lab.pretrain")
+    add("files", metavar="FILE", nargs="+", type=Path, help="a run of lab.pretrain, or a report")
+    add("--field", help="a field of log.jsonl, of the files of lab.report --json")
     add("--out", required=True, metavar="FILE", help="without suffix: .png and .svg are written")
     args = parser.parse_args()
-    pretraining(args.out, args.folders)
+    if args.field:
+        groups(args.out, args.files, args.field)
+    else:
+        pretraining(args.out, args.files)
 
 
 if __name__ == "__main__":

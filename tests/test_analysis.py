@@ -212,6 +212,24 @@ def test_the_command_pretraining_draws_the_logs(tmp_path, command, drawn):
     assert [line.get_label() for line in loss] == ["old", "new"]
 
 
+def test_a_field_of_a_report_is_drawn(tmp_path, command, drawn):
+    curve = {"steps": [0, 10], "mean": [0.0, 0.5], "std": [0.0, 0.1], "runs": [2, 2]}
+    none = {"steps": [], "mean": [], "std": [], "runs": []}
+    named = [{"name": "given own", "curves": {"h_gap": curve}}, {"name": "lam 0", "curves": {}}]
+    content = {"groups": [*named, {"name": "none", "curves": {"h_gap": none}}]}
+    (report := tmp_path / "report.json").write_text(json.dumps(content))
+    words = [report, "--field", "h_gap", "--out", tmp_path / "gap"]
+    assert command(plots.main, *words).out.split()[0] == f"{tmp_path / 'gap'}.png"
+    (axis,) = drawn[0].axes
+    assert [line.get_xydata().tolist() for line in axis.lines] == [[[0, 0], [10, 0.5]]]
+    assert axis.get_ylabel() == "h_gap"
+    assert [text.get_text() for text in drawn[0].legends[0].texts] == ["given own"]
+    for text in ("{}", content["groups"].clear() or json.dumps(content)):
+        report.write_text(text)
+        done = command(plots.main, *words)
+        assert (done.code, done.err.count("\n")) == (2, 1) and "no h_gap in " in done.err
+
+
 def test_ridges_are_the_densities_of_the_groups():
     """Against numpy and scipy. A cosine may exceed 1 by rounding."""
     rng = np.random.default_rng(0)
