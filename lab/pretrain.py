@@ -5,8 +5,9 @@
     python -m lab.pretrain --text wiki.txt.xz --steps 1000 --model assets/small-bert --layers 1 \
         --hidden 64 --out runs/weak                  # a small generator with the same vocabulary
 
-Prints and logs the loss on held-out paragraphs; the model is in best/. The length is in steps, not
-in minutes: so two runs on one machine are identical, however busy it is.
+Prints and logs the loss on held-out paragraphs; the model is in best/. Two runs with the same
+settings are identical on one machine, however busy it is. Pieces of words are masked on their own:
+with whole words, embeddings were worse (RESULTS.md).
 Not here: BERT's next-sentence loss, several GPUs, scripts other than Latin (lab/held_out.py).
 
 Shapes: B rows, T tokens including padding, D hidden size, W words of the vocabulary.
@@ -50,7 +51,7 @@ class PretrainConfig:
     """Settings of a run. Each field is a command-line flag, and its comment is the flag's help."""
 
     text: tuple[str, ...] = ()  # UTF-8 text, also .gz, .xz; an empty line ends a document
-    steps: int = 4000  # number of steps
+    steps: int = 7000  # number of steps
     out: str = ""  # folder of the run (default: runs/small-bert-1, ...)
     resume: str = ""  # folder of an interrupted run
     vocab: int = 8192  # size of the vocabulary, without --model

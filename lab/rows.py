@@ -1,4 +1,4 @@
-"""Text for pretraining: a vocabulary, rows of ids, batches in which whole words are masked.
+"""Text for pretraining: a vocabulary, rows of ids, masked batches.
 
 Shapes: B rows, T tokens including padding, W words of the vocabulary.
 Not here: languages without spaces.
@@ -16,7 +16,7 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from data import Batch, Tokenizer, corrupt
+from data import Batch, Tokenizer, mask_tokens
 from diffcse import derive_seed
 from engine.errors import UserError
 from engine.hub import find_model
@@ -62,25 +62,6 @@ def train_vocabulary(documents: list[list[str]], size: int) -> Tokenizer:
         return Tokenizer(folder)
 
 
-def continuing_pieces(tokenizer: Tokenizer) -> Tensor:
-    """Which ids continue a word (##ing). Shapes: -> (W,) bool."""
-    ids = [i for piece, i in tokenizer.vocabulary().items() if piece.startswith("##")]
-    return torch.isin(torch.arange(tokenizer.vocab_size), torch.tensor(ids))
-
-
-def mask_words(
-    x: Tensor, tokenizer: Tokenizer, continues: Tensor, rng: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """BERT's masking, of whole words: a piece is too easy to guess from the rest of its word.
-
-    Shapes: x (B, T) ids, continues (W,) bool -> x_masked (B, T), selected (B, T) bool.
-    """
-    special = torch.isin(x, torch.tensor(tokenizer.special_ids))
-    word = (~continues[x]).cumsum(1).sub(1)  # (B, T): a token's word, from 0
-    selected = (torch.rand(x.shape, generator=rng) < MASK_RATIO).gather(1, word) & ~special
-    return corrupt(x, selected, tokenizer, "80-10-10", rng), selected
-
-
 class Rows(TokenizedSentences):
     """Consecutive sentences of a document joined to rows: long rows teach words by their context.
 
@@ -110,7 +91,7 @@ class Rows(TokenizedSentences):
         starts = np.append(cls[begins], len(self.ids))
         self.starts = np.append(0, kept.cumsum())[starts]
         self.ids = self.ids[kept]
-        self.tokenizer, self.continues = tokenizer, continuing_pieces(tokenizer)
+        self.tokenizer = tokenizer
 
     def draw(self, batch_size: int, seed: int) -> Iterator[np.ndarray]:
         """The numbers of each step's rows, without end: rows of similar length, about batch_size
@@ -137,7 +118,7 @@ class Rows(TokenizedSentences):
         for step, numbers in drawn:
             x, mask = self.rows(numbers)
             rng = torch.Generator().manual_seed(derive_seed(seed, 2, step))
-            masked = mask_words(x, self.tokenizer, self.continues, rng)
+            masked = mask_tokens(x, self.tokenizer, MASK_RATIO, "80-10-10", rng)
             yield Batch(x, mask, *masked, views=1)
 
 
@@ -150,7 +131,6 @@ def read_rows(
         tokenizer = train_vocabulary(documents, vocab)
     else:
         tokenizer = Tokenizer(find_model(model))
-        if tokenizer.mask_id is None or not continuing_pieces(tokenizer).any():
-            needs = "whole words are masked, which needs a WordPiece vocabulary with [MASK]"
-            raise UserError(f"--model {model}: {needs}")
+        if tokenizer.mask_id is None:
+            raise UserError(f"--model {model}: the vocabulary has no mask token")
     return tokenizer, Rows(documents, tokenizer, seed), held_out
