@@ -1,6 +1,5 @@
 """Text for pretraining: a vocabulary, rows of ids, masked batches.
 
-Shapes: B rows, T tokens including padding, W words of the vocabulary.
 Not here: languages without spaces.
 """
 
@@ -14,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
-from torch import Tensor
 
 from data import Batch, Tokenizer, mask_tokens
 from diffcse import derive_seed

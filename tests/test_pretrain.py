@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from conftest import ROOT, one_line, read_log
 from torch.nn.utils.rnn import pad_sequence
 
 from bert import load_bert, read_safetensors, save_bert
-from data import Batch, Tokenizer
+from data import Batch, Tokenizer, mask_tokens
 import diffcse
 from diffcse import derive_seed
 from engine.errors import UserError
@@ -78,10 +79,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def make_batch(rows: list[list[int]], tokenizer: Tokenizer) -> Batch:
-    """Padded rows, masked by mask_words."""
+    """Padded and masked rows."""
     x = pad_sequence(list(map(torch.tensor, rows)), True, tokenizer.pad_id)
-    continues, rng = rows_py.continuing_pieces(tokenizer), torch.Generator().manual_seed(0)
-    masked = rows_py.mask_words(x, tokenizer, continues, rng)
+    masked = mask_tokens(x, tokenizer, 0.2, "80-10-10", torch.Generator().manual_seed(0))
     return Batch(x, x != tokenizer.pad_id, *masked, views=1)
 
 
@@ -162,27 +162,6 @@ def test_batches_have_every_row_once_per_epoch(small, pool, monkeypatch):
     assert all(np.array_equal(a, b) for a, b in zip(batches, again))
     second = again[len(batches) :]  # another epoch, another order
     assert [batch.tolist() for batch in second] != [batch.tolist() for batch in batches]
-
-
-def test_whole_words_are_masked_with_all_their_pieces():
-    tokenizer = Tokenizer(SMALL)
-    sentence = "unbelievable misunderstandings of electroencephalography and cats"
-    batch = make_batch(tokenizer([sentence] * 4000, 64), tokenizer)
-    words, previous = tokenizer.backend.encode(sentence).word_ids, None
-    assert len(words) - len(set(words)) > 4  # long words have several pieces
-    for position, word in enumerate(words):
-        here, before = batch.selected[:, position], batch.selected[:, position - 1]
-        if word is None:
-            assert not here.any()
-        elif word == previous:
-            assert torch.equal(here, before)
-        else:
-            assert abs(here.float().mean() - 0.2) < 0.03  # a word is as likely as a token
-            assert previous is None or not torch.equal(here, before)
-        previous = word
-    masked = (batch.x_masked == tokenizer.mask_id)[batch.selected].float().mean()
-    assert abs(masked - 0.8) < 0.02
-    assert torch.equal(batch.x_masked[~batch.selected], batch.x[~batch.selected])
 
 
 # --------------------------------------------------------------------------------------- counting
@@ -419,11 +398,10 @@ def test_a_stopped_run_is_resumed_exactly(tmp_path, run, command, monkeypatch):
     batches = [args[-1] for args in steps[:23]]
     assert read_log(out["whole"])[-1]["tokens"] == sum(b.mask.sum() for b in batches)
     tokenizer = Tokenizer(out["whole"] / "best")
-    continues = rows_py.continuing_pieces(tokenizer)
     for number, batch in enumerate(batches):
         rng = torch.Generator().manual_seed(derive_seed(7, 2, number))
-        expected = rows_py.mask_words(batch.x, tokenizer, continues, rng)
-        assert torch.equal(batch.x_masked, expected[0])
+        x_masked, selected = mask_tokens(batch.x, tokenizer, 0.2, "80-10-10", rng)
+        assert torch.equal(batch.x_masked, x_masked) and torch.equal(batch.selected, selected)
 
 
 def test_a_resumed_run_needs_the_same_text(tmp_path, run, command, text):
@@ -535,13 +513,34 @@ def test_texts_without_enough_words(tmp_path, run, text, words, message):
     assert message in error
 
 
-@pytest.mark.parametrize("missing", ["##", "[MASK]"])
-def test_a_vocabulary_must_be_wordpiece_with_a_mask_token(tmp_path, run, tiny, missing):
-    words = (tiny / "vocab.txt").read_text().replace(missing, "x").splitlines()
+def test_a_vocabulary_must_have_a_mask_token(tmp_path, run, tiny):
     shutil.copytree(tiny, tmp_path / "tiny")
-    (tmp_path / "tiny" / "vocab.txt").write_text("\n".join(dict.fromkeys(words)) + "\n")
+    words = (tiny / "vocab.txt").read_text().replace("[MASK]", "x")
+    (tmp_path / "tiny" / "vocab.txt").write_text(words)
     code, _, error = run(tmp_path / "model", model=tmp_path / "tiny", vocab=None)
-    assert code == 2 and "needs a WordPiece vocabulary with [MASK]" in error
+    assert code == 2 and f"{tmp_path / 'tiny'}: the vocabulary has no mask token" in error
+
+
+def test_the_vocabulary_may_be_roberta_s(tmp_path, run):
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    bpe.train_from_iterator(make_paragraphs(50), 300, special_tokens=special, show_progress=False)
+    folder, sentences = tmp_path / "roberta", ["The king saw a ship.", "", "a<mask> Ünï"]
+    folder.mkdir()
+    bpe.save_model(str(folder))
+    for name, content in {"tokenizer_": {"tokenizer_class": "RobertaTokenizer"}, "": {}}.items():
+        (folder / f"{name}config.json").write_text(json.dumps(content))
+    assert run(tmp_path / "model", model=folder, vocab=None).code == 0
+    best = tmp_path / "model" / "best"
+    theirs = transformers.BertForMaskedLM.from_pretrained(best).float().eval()
+    fast = transformers.AutoTokenizer.from_pretrained(best)
+    assert Tokenizer(best).vocabulary() == Tokenizer(folder).vocabulary() == fast.get_vocab()
+    batch = fast(sentences, return_tensors="pt", padding=True)
+    assert Tokenizer(folder)(sentences, 64) == fast(sentences)["input_ids"]
+    with torch.no_grad():
+        logits = load_bert(best, mlm=True)(batch["input_ids"], batch["attention_mask"].bool())
+        real = batch["attention_mask"].bool()
+        np.testing.assert_allclose(logits[real], theirs(**batch).logits[real], atol=1e-5)
 
 
 def test_nothing_but_an_empty_folder_is_written_to(tmp_path, run):
