@@ -72,6 +72,11 @@ class Tokenizer:
             raise UserError(f"{folder}: {token!r} has id {last}; the model has {vocab_size} ids")
         return self
 
+    def check_mask(self, model: str | Path) -> "Tokenizer":
+        if self.mask_id is None:
+            raise UserError(f"{model}: the vocabulary has no mask token, which is needed")
+        return self
+
     def save(self, folder: Path, max_length: int) -> None:
         """tokenizer.json, and a tokenizer_config.json with the class that takes all of it."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -234,27 +239,18 @@ class Batch:
 def mask_tokens(
     x: Tensor, tokenizer: Tokenizer, ratio: float, masking: str, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """x' (paper section 3). Each token is masked with probability `ratio`, special ones never.
+    """x' (paper section 3). Each token is selected with probability `ratio`, special ones never.
 
+    masking "all": selected tokens become [MASK] (the paper's x' = m * x). "80-10-10" (the code's
+    and BERT's): 80 % of them do, 10 % become a random id (special ones included), 10 % stay.
     Shapes: x (R, T) ids -> x_masked (R, T), a copy; selected (R, T) bool.
     """
     special = torch.isin(x, torch.tensor(tokenizer.special_ids))
     selected = (torch.rand(x.shape, generator=rng) < ratio) & ~special
-    return corrupt(x, selected, tokenizer, masking, rng), selected
-
-
-def corrupt(
-    x: Tensor, selected: Tensor, tokenizer: Tokenizer, masking: str, rng: torch.Generator
-) -> Tensor:
-    """masking "all": selected tokens become [MASK] (the paper's x' = m * x). "80-10-10" (the code's
-    and BERT's): 80 % of them do, 10 % become a random id (special ones included), 10 % stay.
-
-    Shapes: x, selected (R, T) -> (R, T).
-    """
     x_masked = torch.where(selected, tokenizer.mask_id, x)
     if masking == "80-10-10":
         not_masked = selected & (torch.rand(x.shape, generator=rng) >= 0.8)
         random_ids = torch.randint(tokenizer.vocab_size, x.shape, generator=rng)
         random = torch.rand(x.shape, generator=rng) < 0.5
         x_masked = torch.where(not_masked, torch.where(random, random_ids, x), x_masked)
-    return x_masked
+    return x_masked, selected

@@ -17,10 +17,8 @@ def load_encoder(cfg) -> tuple[Tokenizer, Bert]:
     tokenizer, encoder = Tokenizer(folder), load_bert(folder, dropout=cfg.dropout)
     if cfg.max_length > encoder.max_length:
         raise UserError(f"--max-length is above the {encoder.max_length} positions of {cfg.model}")
-    if tokenizer.mask_id is None:
-        raise UserError(f"{folder}: the vocabulary has no mask token, which training needs")
     check_pooling(encoder, cfg.pooling)
-    return tokenizer.check_fits(folder, encoder.cfg.vocab_size), encoder
+    return tokenizer.check_mask(folder).check_fits(folder, encoder.cfg.vocab_size), encoder
 
 
 def load_generator(cfg, tokenizer: Tokenizer) -> BertForMaskedLM:

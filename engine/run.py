@@ -202,12 +202,9 @@ class Run:
         if not cfg.resume:
             self.stack.callback(self.discard)
         processes = distributed.world_size()
-        print(
-            f"{self.name}: {about}, {self.device.type}{f' x {processes}' * (processes > 1)}, "
-            f"{self.precision}, seed {cfg.seed}, in {self.folder}"
-            + f", from step {self.step}"
-            * (self.step > 0)
-        )
+        devices = f"{self.device.type}{f' x {processes}' * (processes > 1)}, {self.precision}"
+        start = f", from step {self.step}" * (self.step > 0)
+        print(f"{self.name}: {about}, {devices}, seed {cfg.seed}, in {self.folder}{start}")
         initial, total = self.step * cfg.batch_size, self.total * cfg.batch_size
         unit = f" {self.UNIT}"
         self.bar = tqdm(initial=initial, total=total, unit=unit, unit_scale=True, disable=None)

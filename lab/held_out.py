@@ -3,7 +3,8 @@
     python -m lab.held_out runs/my-bert/best assets/small-bert --text wiki.txt.xz
 
 HELD_OUT paragraphs of shuffled documents, or a tenth of all if that is less; `lab.pretrain` does
-not train on them if it is given the same files in the same order. Not here: letters but a to z.
+not train on them if it is given the same files in the same order.
+Not here: letters other than a to z.
 """
 
 import json
@@ -69,9 +70,7 @@ def main() -> None:
     for name in args.models:
         folder = find_model(name)
         model = load_bert(folder, mlm=True).to(pick_device(args.device, "off")[0])
-        tokenizer = Tokenizer(folder).check_fits(folder, model.cfg.vocab_size)
-        if tokenizer.mask_id is None:
-            raise UserError(f"{name}: the vocabulary has no mask token")
+        tokenizer = Tokenizer(folder).check_mask(name).check_fits(folder, model.cfg.vocab_size)
         row = score_held_out(model, tokenizer, held_out)
         print(json.dumps({"model": name, **row}), flush=True)
 

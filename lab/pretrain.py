@@ -5,9 +5,9 @@
     python -m lab.pretrain --text wiki.txt.xz --steps 1000 --model assets/small-bert --layers 1 \
         --hidden 64 --out runs/weak                  # a small generator with the same vocabulary
 
-Prints and logs the loss on held-out paragraphs; the model is in best/. Two runs with the same
-settings are identical on one machine, however busy it is. Pieces of words are masked on their own:
-with whole words, embeddings were worse (RESULTS.md).
+Prints and logs the loss on held-out paragraphs; the model is in best/. On one CPU, and with as many
+threads, the same command makes the same model. Word pieces are masked independently: with whole
+words, embeddings were worse (RESULTS.md).
 Not here: BERT's next-sentence loss, several GPUs, scripts other than Latin (lab/held_out.py).
 
 Shapes: B rows, T tokens including padding, D hidden size, W words of the vocabulary.
@@ -41,9 +41,9 @@ from lab.counting import log_frequency, word_vectors, word_weights
 from lab.held_out import score_held_out
 from lab.rows import MAX_LENGTH, read_rows
 
-WARM_UP = 400  # steps over which the rate rises
-CLS_WEIGHT, LAST_CLS_WEIGHT = 0.1, 4.0  # of the loss at [CLS]; the second one falls to 0
-LAST = 0.3  # share of the steps with LAST_CLS_WEIGHT
+WARM_UP = 400  # steps over which the rate rises, at most a tenth of all
+CLS_WEIGHT, LAST_CLS_WEIGHT = 0.1, 4.0  # of the loss at [CLS]
+LAST = 0.3  # last share of the steps: the weight jumps to LAST_CLS_WEIGHT, then falls to 0
 
 
 @dataclass
@@ -109,9 +109,9 @@ def new_model(vectors: Tensor, bias: Tensor, pad_id: int, layers: int) -> BertFo
 class Pretraining(nn.Module):
     """What a step trains: a masked LM whose [CLS] predicts the words of its row.
 
-    Masked words are predicted from their neighbours, so the masked LM does not train [CLS]. Here
-    its head, at position 0, also predicts all words of the row, as in a paragraph vector (Le and
-    Mikolov 2014, PV-DBOW), frequent words counting less.
+    Masked words are predicted from their neighbours, so the masked LM does not train [CLS]. So its
+    head is also applied at position 0, to predict all words of the row, as in a paragraph vector
+    (Le and Mikolov 2014, PV-DBOW); frequent words count less.
     """
 
     def __init__(self, cfg: PretrainConfig, mlm: BertForMaskedLM, weights: Tensor):
@@ -149,6 +149,8 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
 
 
 class PretrainRun(Run):
+    """A run that is scored on held-out paragraphs, and keeps its last model."""
+
     SAVED = [*Run.SAVED, "tokens"]
     CHECKED = {"mlm": "the masked-LM loss", "loss": "the loss", "grad_norm": "the gradient"}
     UNIT = "tokens"
@@ -158,7 +160,8 @@ class PretrainRun(Run):
         """The learning rate, and the weight of the loss at [CLS]."""
         left = 1 - self.step / self.total
         weight = CLS_WEIGHT if left > LAST else LAST_CLS_WEIGHT * left / LAST
-        return self.cfg.lr * min((self.step + 1) / WARM_UP, left), weight
+        warm_up = min(WARM_UP, self.total / 10)
+        return self.cfg.lr * min((self.step + 1) / warm_up, left), weight
 
     def score(self, mlm: BertForMaskedLM, tokenizer: Tokenizer, held_out: list[str]) -> None:
         """Log the held-out score and, after a step, save the model in best/."""

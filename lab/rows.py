@@ -6,6 +6,7 @@ Not here: languages without spaces.
 import itertools
 import sys
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,8 +89,8 @@ class Rows(TokenizedSentences):
         kept[cls[~begins] - 1] = False  # and the [SEP] before it
         starts = np.append(cls[begins], len(self.ids))
         self.starts = np.append(0, kept.cumsum())[starts]
-        self.ids = self.ids[kept]
-        self.tokenizer = tokenizer
+        self.ids, self.tokenizer = self.ids[kept], tokenizer
+        self.checksum = zlib.crc32(self.ids) + zlib.crc32(self.starts)
 
     def draw(self, batch_size: int, seed: int) -> Iterator[np.ndarray]:
         """The numbers of each step's rows, without end: rows of similar length, about batch_size
@@ -128,7 +129,5 @@ def read_rows(
     if not model:
         tokenizer = train_vocabulary(documents, vocab)
     else:
-        tokenizer = Tokenizer(find_model(model))
-        if tokenizer.mask_id is None:
-            raise UserError(f"--model {model}: the vocabulary has no mask token")
+        tokenizer = Tokenizer(find_model(model)).check_mask(model)
     return tokenizer, Rows(documents, tokenizer, seed), held_out

@@ -207,6 +207,7 @@ def test_a_new_model_starts_from_the_counts(small):
     bias, counts = model.head.bias.detach(), counts + 1
     np.testing.assert_allclose(bias, np.log(counts / counts.sum()), atol=1e-5)
     assert not model.training and model.cfg.hidden_dropout_prob == 0.1
+    assert model.max_length == 128
 
 
 def test_word_weights_fall_with_frequency():
@@ -295,6 +296,8 @@ def test_the_schedule():
     run.total = cfg.steps
     for run.step in (0, 99, 383, 400, 5000, 6999, 7001, 8500, 9999):
         found[run.step] = run.schedule()
+    run.total, run.step = 100, 4
+    assert run.schedule() == (1, 0.1)  # a warm-up of 10 steps
     rates, weights = zip(*found.values())
     falling = [1.92, 1, 0.6002, 0.5998, 0.3, 0.0002]
     assert rates == pytest.approx([2 / 400, 0.5, 1.92, *falling])
@@ -377,13 +380,14 @@ def numbers(out: Path) -> list[dict]:
 def test_a_stopped_run_is_resumed_exactly(tmp_path, run, command, monkeypatch):
     out = {name: tmp_path / name for name in ("whole", "early", "late")}
     assert run(out["whole"], steps=23, seed=7).code == 0
-    plain_step, steps = pretrain.train_step, []
+    plain_step, steps, schedule = pretrain.train_step, [], []
 
-    def step(*args):
+    def step(model, optimizer, *args):
+        schedule.append((optimizer.param_groups[1]["lr"], model.cls_weight))
         steps.append(args)
         if len(steps) in (7, 23 + 22):  # before and after the weight of [CLS] changes
             os.kill(os.getpid(), signal.SIGTERM)
-        return plain_step(*args)
+        return plain_step(model, optimizer, *args)
 
     monkeypatch.setattr(pretrain, "train_step", step)
     for name, stopped_at in (("early", 7), ("late", 22)):
@@ -394,7 +398,11 @@ def test_a_stopped_run_is_resumed_exactly(tmp_path, run, command, monkeypatch):
         assert numbers(out[name]) == numbers(out["whole"])
         models = [(out[n] / "best/model.safetensors").read_bytes() for n in (name, "whole")]
         assert models[0] == models[1]
-    assert len(steps) == 46
+    assert len(steps) == 46 and schedule[:23] == schedule[23:]
+    expected = [1.5e-3 * min((i + 1) / 2.3, 1 - i / 23) for i in range(23)]
+    assert [lr for lr, _ in schedule[:23]] == pytest.approx(expected)
+    falling = [4 * (1 - i / 23) / 0.3 for i in range(17, 23)]
+    assert [weight for _, weight in schedule[:23]] == pytest.approx([0.1] * 17 + falling)
     batches = [args[-1] for args in steps[:23]]
     assert read_log(out["whole"])[-1]["tokens"] == sum(b.mask.sum() for b in batches)
     tokenizer = Tokenizer(out["whole"] / "best")
@@ -418,7 +426,9 @@ def test_a_resumed_run_needs_the_same_text(tmp_path, run, command, text):
     assert "--steps is 50, but the run has 22" in refused.err
     documents, scored = text.read_text(), running_text.read_documents([str(text)])
     scored = running_text.hold_out(scored)[1]
-    for changed in (documents + "\n\nOne more.\n", documents.replace(scored[0], "Other.", 1)):
+    trained = next(line for line in documents.splitlines() if line and line not in scored)
+    more, other = documents + "\n\nOne more.\n", documents.replace(scored[0], "Other.", 1)
+    for changed in (more, other, documents.replace(trained, trained + " More.", 1)):
         text.write_text(changed)
         refused = command(pretrain.main, "--resume", tmp_path / "model")
         assert refused.code == 2 and f"--text {text} is not what" in refused.err
@@ -438,6 +448,38 @@ def test_a_finished_run_is_not_resumed_and_no_model_is_no_folder(
     assert run(tmp_path / "model").code == 0
     assert json.loads((tmp_path / "model" / "config.json").read_text())["model"] == ""
     assert "is a finished run" in command(pretrain.main, "--resume", tmp_path / "model").err
+
+
+def test_rows_are_of_the_paragraphs_that_are_not_held_out(text):
+    tokenizer, rows, held = rows_py.read_rows((str(text),), "", 100, 4)
+    documents, scored = running_text.hold_out(running_text.read_documents([str(text)]))
+    expected = rows_py.Rows(documents, tokenizer, 4)
+    assert held == scored and unpack(rows) == unpack(expected)
+    assert unpack(rows) != unpack(rows_py.Rows(documents, tokenizer, 5))
+    numbers = next(expected.draw(300, 4))
+    assert torch.equal(next(rows.batches(300, 4, 0)).x, expected.rows(numbers)[0])
+
+
+def test_the_seed_is_of_the_first_weights_too(tmp_path, run):
+    for seed in (0, 1):
+        assert run(tmp_path / f"{seed}", steps=1, seed=seed).code == 0
+    first = [read_log(tmp_path / f"{seed}")[0]["held_out_loss"] for seed in (0, 1)]
+    assert first[0] != first[1]
+
+
+def test_a_run_killed_before_its_results_ends_alike(tmp_path, run, command):
+    assert run(tmp_path / "whole").code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain.PretrainRun, "close", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path / "killed")
+    assert command(pretrain.main, "--resume", tmp_path / "killed").code == 0
+    results = [
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "killed")
+    ]
+    assert results[0]["held_out_loss"] == results[1]["held_out_loss"]
+    assert results[0]["tokens"] == results[1]["tokens"]
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
 
 
 def test_the_vocabulary_is_the_same_every_time(text):

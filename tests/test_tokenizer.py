@@ -396,7 +396,7 @@ def test_without_mask_token_a_model_encodes_and_is_not_trained(tmp_path, train_t
     make_model(tmp_path / "model", len(words))
     (tmp_path / "model" / "vocab.txt").write_text("\n".join(words))
     assert DiffCSE(tmp_path / "model").encode("the cat").isfinite().all()
-    with pytest.raises(UserError, match="has no mask token, which training needs"):
+    with pytest.raises(UserError, match="has no mask token, which is needed"):
         train_tiny(model=str(tmp_path / "model"), lam=0.0)
 
 
