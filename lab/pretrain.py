@@ -6,8 +6,7 @@
         --hidden 64 --out runs/weak                  # a small generator with the same vocabulary
 
 Prints and logs the loss on held-out paragraphs; the model is in best/. On one CPU, and with as many
-threads, the same command makes the same model. Word pieces are masked independently: with whole
-words, embeddings were worse (RESULTS.md).
+threads, the same command makes the same model. What was tried besides is in RESULTS.md.
 Not here: BERT's next-sentence loss, several GPUs, scripts other than Latin (lab/held_out.py).
 
 Shapes: B rows, T tokens including padding, D hidden size, W words of the vocabulary.
