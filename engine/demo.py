@@ -34,6 +34,7 @@ def show(cfg, diffcse: dict, simcse: dict) -> None:
     print(format_table(rows, [test_set]))
     if (gap := diffcse["h_gap"]) is not None:  # lam is not 0
         reads = "reads h" if gap >= READS else "does not read h yet"
+        gap = round(gap, 3) + 0.0  # no -0.000
         print(f"\nThe discriminator {reads}: another sentence's h costs it {gap:.3f} nats a token")
 
     sentences = [row[0] for row in read_sentences(find_text(cfg.train_file, cfg.data))]
