@@ -334,11 +334,10 @@ class Run:
             comment = f" (best so far{', below step 0' * is_below})"
         if self.step == 0:
             self.scores["dev_before"] = scores
-        if h_gap is None:
-            self.log(step=self.step, **scores)
-        else:
-            self.h_gap = round(h_gap, 6) if math.isfinite(h_gap) else None  # JSON has no NaN
-            self.log(step=self.step, **scores, h_gap=self.h_gap)
+        row = dict(scores)
+        if h_gap is not None:
+            row["h_gap"] = self.h_gap = round(h_gap, 6) if math.isfinite(h_gap) else None  # no NaN
+        self.log(step=self.step, **row)
         self.bar.write(f"step {self.step:>6}  {title}: {scores['score']:.2f}{comment}")
         self.logged = time.monotonic()
 

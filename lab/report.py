@@ -36,7 +36,7 @@ from lab.ablations import AblationConfig
 from lab.analysis import nearest, vectors_of
 from lab.tables import format_table
 
-NOT_COMPARED = {"seed", "out_dir", "d_from", *MAY_CHANGE}  # which differ within a group of runs
+NOT_COMPARED = {"seed", "out_dir", "d_from", *MAY_CHANGE}  # may differ within a group
 CURVES = {  # fields of log.jsonl, and what to look for
     "score": "dev score x 100, which selects the best model",
     "contrastive": "contrastive loss: log B if the views tell nothing (4.16 for 64 sentences)",
