@@ -4,7 +4,6 @@
 
 HELD_OUT paragraphs of shuffled documents, or a tenth of all if that is less; `lab.pretrain` does
 not train on them if it is given the same files in the same order.
-Not here: letters other than a to z.
 """
 
 import json

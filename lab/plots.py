@@ -3,9 +3,9 @@
     python -m lab.plots runs/small-bert-1 --out runs/held_out     # held-out loss and accuracy
     python -m lab.plots report.json --field h_gap --out runs/h_gap
 
-The first draws runs of lab.pretrain, the second a curve of the groups of `lab.report --json`; each
-writes a .png and a .svg. The functions plot_* take data and return a figure; lab/analysis.py and
-lab/report.py use them.
+The first draws runs of lab.pretrain, the second a curve of the groups of `lab.report --json`, with
+the file's name if it has one group. Each writes a .png and a .svg. The functions plot_* take data
+and return a figure; lab/analysis.py and lab/report.py use them.
 
 Shapes: P pairs of sentences.
 """
@@ -178,9 +178,10 @@ def groups(out: str, reports: list[Path], field: str) -> None:
     """A curve of each group of runs in the JSON files of lab.report."""
     found = {}
     for report in reports:
-        for group in read_json(report).get("groups", []):
+        for group in (saved := read_json(report).get("groups", [])):
+            name = group["name"] if len(saved) > 1 else report.stem.replace("_", " ")
             if group["curves"].get(field, {}).get("steps"):
-                found[group["name"]] = group["curves"][field]
+                found[name] = group["curves"][field]
     if not found:
         raise UserError(f"no {field} in {', '.join(map(str, reports))}")
     fig = plot_curves(list(found), list(found.values()))

@@ -50,7 +50,7 @@ class PretrainConfig:
     """Settings of a run. Each field is a command-line flag, and its comment is the flag's help."""
 
     text: tuple[str, ...] = ()  # UTF-8 text, also .gz, .xz; an empty line ends a document
-    steps: int = 7000  # number of steps
+    steps: int = 4000  # number of steps
     out: str = ""  # folder of the run (default: runs/small-bert-1, ...)
     resume: str = ""  # folder of an interrupted run
     vocab: int = 8192  # size of the vocabulary, without --model
@@ -63,8 +63,8 @@ class PretrainConfig:
     seed: int = 0  # of weights, rows, batches and masks
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: if it is fast
-    eval_every: int = 1000  # steps between evaluations on the held-out paragraphs
-    log_every: int = 1000  # steps between lines of log.jsonl
+    eval_every: int = 500  # steps between evaluations on the held-out paragraphs
+    log_every: int = 500  # steps between lines of log.jsonl
     save_minutes: float = 5.0  # minutes between checkpoints
 
     def __post_init__(self) -> None:

@@ -218,12 +218,15 @@ def test_a_field_of_a_report_is_drawn(tmp_path, command, drawn):
     named = [{"name": "given own", "curves": {"h_gap": curve}}, {"name": "lam 0", "curves": {}}]
     content = {"groups": [*named, {"name": "none", "curves": {"h_gap": none}}]}
     (report := tmp_path / "report.json").write_text(json.dumps(content))
-    words = [report, "--field", "h_gap", "--out", tmp_path / "gap"]
+    (single := tmp_path / "one_group.json").write_text(json.dumps({"groups": named[:1]}))
+    words = [report, single, "--field", "h_gap", "--out", tmp_path / "gap"]
     assert command(plots.main, *words).out.split()[0] == f"{tmp_path / 'gap'}.png"
     (axis,) = drawn[0].axes
-    assert [line.get_xydata().tolist() for line in axis.lines] == [[[0, 0], [10, 0.5]]]
+    assert [line.get_xydata().tolist() for line in axis.lines] == [[[0, 0], [10, 0.5]]] * 2
     assert axis.get_ylabel() == "h_gap"
-    assert [text.get_text() for text in drawn[0].legends[0].texts] == ["given own"]
+    labels = [text.get_text() for text in drawn[0].legends[0].texts]
+    assert labels == ["given own", "one group"]
+    words.remove(single)
     for text in ("{}", content["groups"].clear() or json.dumps(content)):
         report.write_text(text)
         done = command(plots.main, *words)

@@ -22,7 +22,7 @@ import torch
 from conftest import NASTY, ROOT, SPECIAL_WORDS, one_line
 
 import data
-from bert import read_safetensors, write_safetensors
+from bert import read_json, read_safetensors, write_safetensors
 from data import Batch, Tokenizer, mask_tokens, read_lines, read_sentences
 from engine import distributed, tokens
 from engine.errors import UserError
@@ -335,7 +335,7 @@ def test_rows_equal_direct_tokenisation_from_memory_and_from_disk(
 
 
 def test_another_text_tokenizer_or_length_is_another_entry(tmp_path, build, monkeypatch):
-    words = (SMALL / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    words = list(read_json(SMALL / "tokenizer.json")["model"]["vocab"])
     words.remove("of")
     other = Tokenizer(write_folder(tmp_path, vocab_txt="\n".join(words)))
     text, link = tmp_path / "text.txt", tmp_path / "link.txt"

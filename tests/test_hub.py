@@ -194,7 +194,7 @@ def tar_of(*members: str | tuple[str, bytes, str]) -> bytes:
     return content.getvalue()
 
 
-NEEDED = ["config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
+NEEDED = ["config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json"]
 TEXT, PAIRS = hub.DATASET_TEXTS
 DATASET = f"datasets/{hub.DATASET}"
 
@@ -265,7 +265,7 @@ def test_sentence_transformers_repositories_pickles_and_shards(server, tmp_path)
     assert server.downloaded() == sorted(files_of(tmp_path / "mean").keys() - {"README.md"})
 
     small = {name: (SMALL / name).read_bytes() for name in NEEDED if name != WEIGHTS}
-    more = "vocab.json merges.txt special_tokens_map.json added_tokens.json"
+    more = "vocab.txt vocab.json merges.txt special_tokens_map.json added_tokens.json"
     small |= dict.fromkeys(more.split(), b"{}")
     shards = "model-1-of-2.safetensors model-2-of-2.safetensors model.safetensors.index.json"
     bins = "pytorch_model-1-of-2.bin pytorch_model-2-of-2.bin pytorch_model.bin.index.json"

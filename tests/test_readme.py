@@ -302,6 +302,34 @@ def test_the_demos_table_is_that_of_its_runs():
         assert f"| {label} | {' | '.join(cells)} |" in text, (label, cells)
 
 
+def test_the_arms_are_those_of_the_runs():
+    """RESULTS' table of what D is given: differences from λ = 0, seed by seed, ± standard error."""
+    text, arms = (ROOT / "RESULTS.md").read_text(), {}
+    for run in read_result("reads_h/runs.json")["runs"]:
+        if run["trained"] == "all":
+            key = run["steps"], run["objective"], run["edit_scope"], f"{run['lam']:g}", run["given"]
+            scores = run["dev"][-1][1], run["best"]["SICKR"], run["best"]["average"]
+            arms.setdefault(key, {})[run["seed"]] = *scores, (run["h_gap"] or [[0, 0]])[-1][1]
+    tasks = {("replaced", "masked"): "replaced", ("masked", "all"): "masked LM"}
+    given = {"own": "its own h", "other": "another's h", "detached": "h, detached", "none": "no h"}
+    for (steps, *task, lam, whose), runs in arms.items():
+        reference = arms[steps, "replaced", "all", "0", "own"]
+        if runs is reference:
+            cells = [f"*{mean:.2f}*" for mean in np.mean(list(runs.values()), 0)[:3]]
+            expected = f"| {steps:,}, λ = 0 | | {len(runs)} | {' | '.join(cells)} | |"
+        else:
+            x = np.array([np.subtract(runs[seed], reference[seed]) for seed in sorted(runs)])
+            errors = x.std(0, ddof=1) / len(x) ** 0.5 if len(x) > 1 else None
+            cells = [f"{mean:+.2f}".replace("-", "−") for mean in x.mean(0)[:3]]
+            if errors is not None:
+                cells = [f"{cell} ± {error:.2f}" for cell, error in zip(cells, errors)]
+            name = tasks.get(tuple(task), "as published")
+            gap = f"{x.mean(0)[3]:.{4 if name == 'as published' else 3}f}"
+            row = [f"{steps:,}, {name}, {lam}", given[whose], str(len(runs)), *cells, gap]
+            expected = f"| {' | '.join(row)} |"
+        assert expected in text, expected
+
+
 def test_the_demos_output_is_that_of_its_run():
     text, results = (ROOT / "README.md").read_text(), read_result("demo/seed42/results.json")
     for line in (ROOT / "results/demo/seed42/log.jsonl").read_text().splitlines():

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import bert
 import embed
-from bert import ModelError
+from bert import ModelError, read_json
 from engine.errors import UserError
 from engine.model_folder import DTYPES, LoadedModel, load_model, model_card, save_model
 
@@ -26,7 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
 
 SMALL = ROOT / "assets" / "small-bert"
 RNG = random.Random(11)
-WORDS = (SMALL / "vocab.txt").read_text(encoding="utf-8").split("\n")[5:3000]
+VOCABULARY = list(read_json(SMALL / "tokenizer.json")["model"]["vocab"])
+WORDS = VOCABULARY[5:3000]
 WORDS += ["Café", "ÀÉ", "漢字", "🙂", "naïve", "3.14", "\u2028", "\x07", "don't", "[MASK]"]
 SENTENCES = ["", "   ", "word " * 300, "same", "same"]
 SENTENCES += [" ".join(RNG.choices(WORDS, k=RNG.randrange(1, 50))) for _ in range(995)]
@@ -43,8 +44,9 @@ def make(family: str, folder: Path, hub_files: bool = True) -> Path:
         bpe.save_model(str(folder))
         sizes |= dict(vocab_size=500, pad_token_id=1, type_vocab_size=1, layer_norm_eps=1e-5)
     else:
-        for file in ["vocab.txt", *["tokenizer.json"] * hub_files]:
-            shutil.copy(SMALL / file, folder)
+        (folder / "vocab.txt").write_text("\n".join(VOCABULARY), encoding="utf-8")
+        if hub_files:
+            shutil.copy(SMALL / "tokenizer.json", folder)
     torch.manual_seed(5)
     model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(family, **sizes))
     for name, p in model.named_parameters():
