@@ -23,6 +23,7 @@ from conftest import ROOT
 from diffcse import PRESETS, Config
 from engine.cli import flag, parse
 from lab.ablations import AblationConfig
+from lab.reads_h import ReadsHConfig
 
 PAGES = ["README.md", "GUIDE.md", "RESULTS.md", "EXERCISES.md"]
 PROGRAMS = ("python", "pytest", "torchrun", "pip", "python3", ".venv/bin/python", ".venv/bin/pip")
@@ -88,8 +89,9 @@ def check_command(words: list[str]) -> str:
     if words[0] == "-c":
         return "python"
     configs = {"diffcse.py": Config, "exercises/detached.py": Config}
-    if words[:2] == ["-m", "lab.ablations"]:
-        words, configs["lab.ablations"] = words[1:], AblationConfig
+    configs |= {"lab.ablations": AblationConfig, "lab.reads_h": ReadsHConfig}
+    if words[0] == "-m" and words[1] in configs:
+        words = words[1:]
     if words[0] in configs:
         if "--resume" not in words and "-h" not in words:  # a resumed run has to exist
             preset = ["--config", "demo"] * ("--config" not in words)  # a sentence may leave it out
@@ -119,7 +121,7 @@ def test_every_command_is_accepted_by_its_program(page, tmp_path):
     expected = {
         "README.md": {"diffcse.py", "embed", "eval_sts", "lab.report", "lab.explain", "python3"},
         "GUIDE.md": {"diffcse.py", "embed", "eval_sts", "lab.transfer", "lab.whitening"},
-        "RESULTS.md": {"lab.pretrain", "lab.reproduce"},
+        "RESULTS.md": {"lab.pretrain", "lab.reproduce", "lab.reads_h"},
         "EXERCISES.md": {"diffcse.py", "exercises/detached.py", "pytest", "lab.report"},
     }
     assert expected[page] <= seen, seen
