@@ -165,7 +165,7 @@ SMALL_GRID = {"lr": (1e-4, 3e-4, 1e-3), "lam": (0.005, 0.05, 0.5), "mask_ratio":
 RECIPES = {  # of SimCSE, besides lam and projector
     "bert-base-uncased": {"lr": 3e-5, "epochs": 1},
     "roberta-base": {"lr": 1e-5, "epochs": 1, "batch_size": 512},
-    SMALL: {"lr": 3e-4},
+    SMALL: {"lr": 1e-4},
 }
 
 
