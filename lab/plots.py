@@ -1,11 +1,12 @@
 """Plots in one style, for files and for HTML pages. Needs matplotlib (pip install matplotlib).
 
-    python -m lab.plots runs/small-bert-1 --out runs/held_out     # held-out loss and accuracy
+    python -m lab.plots runs/small-bert-1 --field held_out_loss --against tokens --out runs/loss
     python -m lab.plots report.json --field h_gap --out runs/h_gap
+    python -m lab.plots report.json --field score --against lam --out runs/lam
 
-The first draws runs of lab.pretrain, the second a curve of the groups of `lab.report --json`, with
-the file's name if it has one group. Each writes a .png and a .svg. The functions plot_* take data
-and return a figure; lab/analysis.py and lab/report.py use them.
+The first draws a run, the second each group of runs of `lab.report --json`, the third their last
+values. A .png and a .svg are written. The functions plot_* take data and return a figure;
+lab/analysis.py and lab/report.py use them.
 
 Shapes: P pairs of sentences.
 """
@@ -156,50 +157,48 @@ def plot_ridges(panels: list[Panel], lowest: float = 1):
 # Command line
 
 
-def pretraining(out: str, folders: list[Path]) -> None:
-    """Held-out loss and accuracy per word against tokens seen, of runs of lab.pretrain."""
-    fig, axes = figure(rows=2)
-    for folder in folders:
-        rows = [row for row in read_log(folder / "log.jsonl") if "held_out_loss" in row]
-        if not rows:
-            raise UserError(f"{folder}: no log.jsonl of lab.pretrain")
-        tokens = [row["tokens"] / 1e6 for row in rows]
-        for axis, name, scale in zip(axes[:, 0], ("loss", "accuracy"), (1, 100)):
-            values = [scale * row[f"held_out_{name}"] for row in rows]
-            axis.plot(tokens, values, label=folder.name)
-    axes[0, 0].set_ylabel("held-out loss, nats per word")
-    axes[1, 0].set_ylabel("held-out accuracy, %")
-    axes[0, 0].legend()
-    axes[1, 0].set_xlabel("tokens seen, millions")
-    save(fig, out)
-
-
-def groups(out: str, reports: list[Path], field: str) -> None:
-    """A curve of each group of runs in the JSON files of lab.report."""
-    found = {}
-    for report in reports:
-        for group in (saved := read_json(report).get("groups", [])):
-            name = group["name"] if len(saved) > 1 else report.stem.replace("_", " ")
-            if group["curves"].get(field, {}).get("steps"):
-                found[name] = group["curves"][field]
-    if not found:
-        raise UserError(f"no {field} in {', '.join(map(str, reports))}")
-    fig = plot_curves(list(found), list(found.values()))
-    fig.axes[0].set_ylabel(field)
-    save(fig, out)
+def curves_of(path: Path, field: str, against: str) -> dict[str, dict[str, list]]:
+    """Curves by label: a run's field, a report's for each group, or its ends over a setting."""
+    label = path.stem.replace("_", " ")
+    if path.is_dir():
+        rows = [row for row in read_log(path / "log.jsonl") if field in row]
+        x, y = [row[against] for row in rows], [row[field] for row in rows]
+        return {label: {"steps": x, "mean": y, "std": [0] * len(y)}} if y else {}
+    saved = read_json(path).get("groups", [])
+    groups = [group for group in saved if group["curves"].get(field, {}).get("steps")]
+    curves = {group["name"]: group["curves"][field] for group in groups}
+    if groups and against != "step":
+        ends = zip(groups, curves.values())
+        ends = sorted((g["settings"][against], c["mean"][-1], c["std"][-1]) for g, c in ends)
+        return {label: dict(zip(("steps", "mean", "std"), map(list, zip(*ends))))}
+    return {label: curves.popitem()[1]} if len(saved) == 1 and curves else curves
 
 
 def main() -> None:
     parser = Parser("python -m lab.plots", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("files", metavar="FILE", nargs="+", type=Path, help="a run of lab.pretrain, or a report")
-    add("--field", help="a field of log.jsonl, of the files of lab.report --json")
+    add("files", metavar="FILE", nargs="+", type=Path, help="a run's folder, or a report's JSON")
+    add("--field", required=True, help="a field of log.jsonl")
+    add(
+        "--against",
+        default="step",
+        help="another field, or a setting in which a report's groups differ",
+    )
     add("--out", required=True, metavar="FILE", help="without suffix: .png and .svg are written")
-    args = parser.parse_args()
-    if args.field:
-        groups(args.out, args.files, args.field)
-    else:
-        pretraining(args.out, args.files)
+    args, curves = parser.parse_args(), {}
+    for path in args.files:
+        try:
+            curves |= curves_of(path, args.field, args.against)
+        except KeyError:
+            raise UserError(f"{path}: no {args.against} beside {args.field}") from None
+    if not curves:
+        raise UserError(f"no {args.field} in {', '.join(map(str, args.files))}")
+    fig = plot_curves(list(curves), list(curves.values()))
+    (axis,) = fig.axes
+    axis.set(xlabel=args.against.replace("lam", "λ"), ylabel=args.field)
+    if args.against == "lam":
+        axis.set_xscale("symlog", linthresh=0.01)
+    save(fig, args.out)
 
 
 if __name__ == "__main__":

@@ -331,6 +331,7 @@ def main() -> None:
         numbers = [
             {
                 "name": g.name,
+                "settings": g.runs[0].cfg,
                 "seeds": [run.cfg["seed"] for run in g.runs],
                 "runs": [run.folder for run in g.runs],
                 "commands": [run.results["command"] for run in g.runs if run.results],

@@ -190,26 +190,47 @@ def test_curves_are_means_and_deviations():
     assert len(styles) == 2
 
 
-def test_the_command_pretraining_draws_the_logs(tmp_path, command, drawn):
+def test_a_field_of_runs_is_drawn_against_another(tmp_path, command, drawn):
     for name, start in {"old": 5, "new": 4}.items():
         rows = [{"step": 1, "loss": 7.0}]
-        for i in range(3):
-            scores = {"held_out_loss": start - i, "held_out_accuracy": 0.1 * i}
-            rows.append({"tokens": 1e6 * (i + 1), **scores})
+        rows += [{"step": i, "tokens": 1e6 * i, "held_out_loss": start - i} for i in range(3)]
         write_log(tmp_path / name / "log.jsonl", rows)
     out = tmp_path / "new" / "curves"
-    done = command(plots.main, tmp_path / "old", tmp_path / "new", "--out", out)
+    words = [tmp_path / "old", tmp_path / "new", "--field", "held_out_loss", "--out", out]
+    done = command(plots.main, *words, "--against", "tokens")
     assert done.out.split() == [f"{out}.png", f"{out}.svg"]
     assert Path(f"{out}.png").read_bytes().startswith(b"\x89PNG")
-    loss, accuracy = (axis.lines for axis in drawn[0].axes)
-    assert [list(line.get_ydata()) for line in loss] == [[5, 4, 3], [4, 3, 2]]
-    assert accuracy[1].get_ydata() == pytest.approx([0, 10, 20])
-    assert [list(line.get_xdata()) for line in accuracy] == [[1, 2, 3]] * 2
-    write_log(tmp_path / "no" / "log.jsonl", [{"step": 1}])
-    done = command(plots.main, tmp_path / "no", "--out", "x")
-    assert done.code == 2 and "no log.jsonl of lab.pretrain" in done.err
-    assert done.err.count("\n") == 1
-    assert [line.get_label() for line in loss] == ["old", "new"]
+    (axis,) = drawn[0].axes
+    assert [list(line.get_ydata()) for line in axis.lines] == [[5, 4, 3], [4, 3, 2]]
+    assert [list(line.get_xdata()) for line in axis.lines] == [[0, 1e6, 2e6]] * 2
+    assert [line.get_label() for line in axis.lines] == ["old", "new"]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("tokens", "held_out_loss")
+    assert command(plots.main, *words).code == 0
+    assert [list(line.get_xdata()) for line in drawn[1].axes[0].lines] == [[0, 1, 2]] * 2
+    for more in (["--against", "tokenz"], ["--field", "held_out_los"]):
+        done = command(plots.main, *words, *more)
+        assert (done.code, done.err.count("\n")) == (2, 1) and more[1] in done.err
+
+
+def test_last_values_of_a_report_are_drawn_against_a_setting(tmp_path, command, drawn):
+    """Sorted by the setting, one line for each file."""
+    for name, mean in {"own_h": 70, "other_h": 80}.items():
+        groups = []
+        for lam in (5.0, 0.0, 1.0):
+            curve = {"steps": [0, 10], "mean": [1, mean - lam], "std": [0, lam / 10]}
+            settings = {"lam": lam, "seed": 0}
+            groups.append({"name": f"lam {lam}", "settings": settings, "curves": {"score": curve}})
+        (tmp_path / f"{name}.json").write_text(json.dumps({"groups": groups}))
+    words = [tmp_path / "own_h.json", tmp_path / "other_h.json", "--field", "score"]
+    words += ["--out", tmp_path / "lam", "--against"]
+    assert command(plots.main, *words, "lam").code == 0
+    (axis,) = drawn[0].axes
+    points = [line.get_xydata().tolist() for line in axis.lines]
+    assert points == [[[0, y], [1, y - 1], [5, y - 5]] for y in (70, 80)]
+    assert axis.collections[0].get_paths()[0].get_extents().y1 == 70
+    assert [line.get_label() for line in axis.lines] == ["own h", "other h"]
+    done = command(plots.main, *words, "lambda")
+    assert done.code == 2 and "no lambda beside score" in done.err
 
 
 def test_a_field_of_a_report_is_drawn(tmp_path, command, drawn):

@@ -95,7 +95,11 @@ PAPER |= dict(pads_in_loss=False, views="first", protect_sep=True)
         (PLAIN, {}, "The second view has its own mask and edit: h "),
         ("THE KING OF FRANCE", {}, "THE KING OF FRANCE Its 6 tokens: [CLS] the king of france"),
         (LONG, {}, "Cut off by --max-length 32: king and queen"),
-        ("Snow ☃ falls on 東 Zürich 🦊 .", {}, "[UNK] stands for ☃, 東, 🦊: not in the vocabulary."),
+        (
+            "Snow ☃ falls on 東 Zürich 🦊 .",
+            {},
+            "[UNK] stands for ☃, 東, 🦊: not in the vocabulary.",
+        ),
         ("x", {}, "The discriminator's last layer is new"),
         (explain.OTHERS[0], {}, "7 sentences with 2 views"),
         (PLAIN, PAPER, "predicts the masked tokens of x'; its sampled tokens make x''"),
