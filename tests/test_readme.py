@@ -332,6 +332,19 @@ def test_the_arms_are_those_of_the_runs():
         assert expected in text, expected
 
 
+def test_the_transfer_of_the_arms():
+    text, arms = (ROOT / "RESULTS.md").read_text(), {}
+    for run in read_result("reads_h/transfer.json")["runs"]:
+        accuracies = run["dev"]["average"], run["test"]["average"]
+        arms.setdefault(run["run"].split("-")[1], {})[run["seed"]] = accuracies
+    names = {"other": "another's h, λ = 1", "own": "its own h, λ = 1", "own5": "its own h, λ = 5"}
+    for arm, name in names.items():
+        x = np.array([np.subtract(arms[arm][seed], arms["lam0"][seed]) for seed in range(3)])
+        cells = zip(x.mean(0), x.std(0, ddof=1) / 3**0.5)
+        row = " | ".join(f"{mean:+.2f} ± {error:.2f}" for mean, error in cells)
+        assert f"| {name} | 3 | {row} |" in text
+
+
 def test_the_demos_output_is_that_of_its_run():
     text, results = (ROOT / "README.md").read_text(), read_result("demo/seed42/results.json")
     for line in (ROOT / "results/demo/seed42/log.jsonl").read_text().splitlines():
