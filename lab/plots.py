@@ -195,8 +195,8 @@ def main() -> None:
         raise UserError(f"no {args.field} in {', '.join(map(str, args.files))}")
     fig = plot_curves(list(curves), list(curves.values()))
     (axis,) = fig.axes
-    axis.set(xlabel=args.against.replace("lam", "λ"), ylabel=args.field)
-    if args.against == "lam":
+    axis.set(xlabel="λ" if args.against == "lam" else args.against, ylabel=args.field)
+    if args.against == "lam":  # over decades, and 0
         axis.set_xscale("symlog", linthresh=0.01)
     save(fig, args.out)
 

@@ -511,9 +511,9 @@ def test_each_symptom_shows_with_every_seed(seed):
     assert column(bug[2], "contrastive") == column(other_lam[2], "contrastive")
     assert column(right, "contrastive") != column(other_lam[None], "contrastive")
     assert bug[3]["share_replaced"][0] - right["share_replaced"][0] > 0.03
-    assert at(right, "score", 0) - at(bug[4], "score", 0) > 1
+    assert at(right, "score", 0) - at(bug[4], "score", 0) > 1.5
     assert min(column(bug[5], "positive_cosine", first=11)) > 0.9999
-    assert max(column(right, "positive_cosine")) < 0.7
+    assert max(column(right, "positive_cosine")) < 0.65
     little, much = bug[6]["padded_losses"]
     assert little > 1.2 * much and np.isclose(*right["padded_losses"], rtol=1e-5)
     assert (bug[7]["num_batches_tracked"], right["num_batches_tracked"]) == (80, 40)

@@ -304,6 +304,13 @@ def test_the_demos_table_is_that_of_its_runs():
         assert f"| {label} | {' | '.join(cells)} |" in text, (label, cells)
 
 
+def with_errors(x: np.ndarray) -> list[str]:
+    """Mean ± standard error of each column's differences; one seed has no error."""
+    errors = x.std(0, ddof=1) / len(x) ** 0.5 if len(x) > 1 else None
+    cells = [f"{mean:+.2f}".replace("-", "−") for mean in x.mean(0)]
+    return cells if errors is None else [f"{c} ± {e:.2f}" for c, e in zip(cells, errors)]
+
+
 def test_the_arms_are_those_of_the_runs():
     """RESULTS' table of what D is given: differences from λ = 0, seed by seed, ± standard error."""
     text, arms = (ROOT / "RESULTS.md").read_text(), {}
@@ -321,13 +328,10 @@ def test_the_arms_are_those_of_the_runs():
             expected = f"| {steps:,}, λ = 0 | | {len(runs)} | {' | '.join(cells)} | |"
         else:
             x = np.array([np.subtract(runs[seed], reference[seed]) for seed in sorted(runs)])
-            errors = x.std(0, ddof=1) / len(x) ** 0.5 if len(x) > 1 else None
-            cells = [f"{mean:+.2f}".replace("-", "−") for mean in x.mean(0)[:3]]
-            if errors is not None:
-                cells = [f"{cell} ± {error:.2f}" for cell, error in zip(cells, errors)]
             name = tasks.get(tuple(task), "as published")
             gap = f"{x.mean(0)[3]:.{4 if name == 'as published' else 3}f}"
-            row = [f"{steps:,}, {name}, {lam}", given[whose], str(len(runs)), *cells, gap]
+            cells = [*with_errors(x)[:3], gap]
+            row = [f"{steps:,}, {name}, {lam}", given[whose], str(len(runs)), *cells]
             expected = f"| {' | '.join(row)} |"
         assert expected in text, expected
 
@@ -340,9 +344,7 @@ def test_the_transfer_of_the_arms():
     names = {"other": "another's h, λ = 1", "own": "its own h, λ = 1", "own5": "its own h, λ = 5"}
     for arm, name in names.items():
         x = np.array([np.subtract(arms[arm][seed], arms["lam0"][seed]) for seed in range(3)])
-        cells = zip(x.mean(0), x.std(0, ddof=1) / 3**0.5)
-        row = " | ".join(f"{mean:+.2f} ± {error:.2f}" for mean, error in cells)
-        assert f"| {name} | 3 | {row} |" in text
+        assert f"| {name} | 3 | {' | '.join(with_errors(x))} |" in text
 
 
 def test_the_demos_output_is_that_of_its_run():
