@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bert import Bert
 from data import Batch, Tokenizer
 from diffcse import (
     PRESETS,
@@ -68,6 +69,16 @@ def load_model(cfg: Config) -> tuple[DiffCSEModel, int]:
 class InOrder(TokenizedSentences):
     def shuffled(self, seed: int, epoch: int) -> np.ndarray:
         return np.arange(len(self))
+
+
+def make_batch(model: DiffCSEModel, sentence: str, step: int = 0) -> tuple[list[str], Batch]:
+    """The sentence, then OTHERS; and their batch of that step. Raises: UserError if it is empty."""
+    sentence = " ".join(sentence.split())
+    if not sentence:
+        raise UserError("the sentence is empty")
+    texts, cfg = [sentence, *(other for other in OTHERS if other != sentence)], model.cfg
+    sentences = InOrder([(text,) for text in texts], model.tokenizer, cfg.max_length)
+    return texts, draw_batch(sentences, model.tokenizer, replace(cfg, batch_size=len(texts)), step)
 
 
 def wrapped(text: str) -> str:
@@ -162,6 +173,46 @@ def describe_difference(model: DiffCSEModel, h: Tensor, batch: Batch) -> tuple[l
 
 
 @torch.no_grad()
+def edit_as_tokens(model: DiffCSEModel, h: Tensor, batch: Batch) -> dict[str, list]:
+    """x, x' and x'' of row 0 for plots.plot_tokens. Shapes: h (R, D).
+
+    Masked tokens are shaded in x'. In x'' the shade is the discriminator's probability of
+    "replaced", and a mark says where that is right or wrong: found, missed, false alarm.
+    """
+    word, real = partial(token, model.tokenizer), batch.mask[0]
+    x_edited, replaced = edit_sentences(model.generator, batch, model.tokenizer, model.cfg)
+    logits = model.head(model.discriminator(x_edited, batch.mask, cls_vector=h))
+    p = logits[0, real].float().softmax(-1)[:, 1].tolist()
+    replaced = replaced[0, real].tolist()
+    marks = {(True, True): "found", (True, False): "missed", (False, True): "false alarm"}
+    marks = [marks.get((label, q > 0.5), "") for label, q in zip(replaced, p)]
+    x, x_masked, x_edited = (ids[0, real].tolist() for ids in (batch.x, batch.x_masked, x_edited))
+    selected = batch.selected[0, real].tolist()
+    edited = ["h", *map(word, x_edited[1:])]
+    return {
+        "x, the sentence": [(word(i), 0.0, "") for i in x],
+        "x', masked": [(word(i), float(is_masked), "") for i, is_masked in zip(x_masked, selected)],
+        "x'', edited; the darker, the likelier replaced": list(zip(edited, p, marks)),
+    }
+
+
+@torch.no_grad()
+def attention_to_first(bert: Bert, ids: Tensor, mask: Tensor, cls_vector: Tensor) -> Tensor:
+    """How much of its attention each token gives to position 0, mean over the heads.
+
+    Shapes: ids, mask (R, T), cls_vector (R, D) -> (L, R, T) for L layers.
+    """
+    states, weights = bert(ids, mask, cls_vector, all_layers=True), []
+    for layer, x in zip(bert.layers, states):
+        attention = layer.attention
+        q, k = (f(x).unflatten(2, (attention.heads, -1)) for f in (attention.query, attention.key))
+        scores = torch.einsum("rqhd,rkhd->rhqk", q, k) / math.sqrt(q.shape[-1])
+        scores = scores.masked_fill(~mask[:, None, None], -math.inf)
+        weights.append(scores.softmax(-1)[..., 0].mean(1))
+    return torch.stack(weights)
+
+
+@torch.no_grad()
 def describe_losses(model: DiffCSEModel, texts: list[str], is_new: bool, batch: Batch) -> list[str]:
     """Paragraphs about DiffCSEModel.forward, in its order."""
     cfg = model.cfg
@@ -182,17 +233,12 @@ def describe_losses(model: DiffCSEModel, texts: list[str], is_new: bool, batch: 
 
 def explain(cfg: Config, sentence: str) -> str:
     """The text. Raises: UserError for an empty sentence or a finished run."""
-    sentence = " ".join(sentence.split())
-    if not sentence:
-        raise UserError("the sentence is empty")
     model, step = load_model(cfg)
-    texts = [sentence, *(other for other in OTHERS if other != sentence)]
-    sentences = InOrder([(text,) for text in texts], model.tokenizer, cfg.max_length)
-    batch = draw_batch(sentences, model.tokenizer, replace(cfg, batch_size=len(texts)), step)
+    texts, batch = make_batch(model, sentence, step)
     run = f" of the run in {cfg.resume}" if cfg.resume else ""
     title = f"Step {step + 1}{run}, seed {cfg.seed}: {len(texts)} sentences with 2 views each."
     ids = batch.x[0][batch.mask[0]]
-    text = describe_sentence(sentence, model.tokenizer, ids, cfg.max_length)
+    text = describe_sentence(texts[0], model.tokenizer, ids, cfg.max_length)
     torch.manual_seed(derive_seed(cfg.seed, step, 1))  # dropout
     describe = fast.accelerate(partial(describe_losses, model, texts, step == 0), model, cfg.fast)
     return "\n\n".join([title, text, *describe(batch)])

@@ -154,6 +154,57 @@ def plot_ridges(panels: list[Panel], lowest: float = 1):
 
 
 # ------------------------------------------------------------------------------------------------
+# A training step (exercises/tour.ipynb)
+
+
+def plot_tokens(lines: dict[str, list[tuple[str, float, str]]], columns: int = 100):
+    """Tokens as words of a text, one paragraph for each title.
+
+    A token is (text, shade, mark): its background is darker, the larger the shade from 0 to 1, and
+    the mark stands above it. They break like words, after `columns` characters.
+    """
+    placed, y = [], 0.0
+    for title, tokens in lines.items():
+        placed.append((0, y, title, None, ""))
+        x, y = 0, y + 1.6
+        for text, shade, mark in tokens:
+            width = max(len(text), 0.8 * len(mark))
+            if x and x + width > columns:
+                x, y = 0, y + 2.2
+            placed.append((x, y, text, shade, mark))
+            x += width + 2
+        y += 2.2
+    fig = load_pyplot().Figure(figsize=(columns / 12, y / 6 + 0.1), facecolor="white")
+    axis = fig.add_axes((0.01, 0, 0.98, 1), xlim=(0, columns + 2), ylim=(y, -1))
+    axis.axis("off")
+    for x, y, text, shade, mark in placed:
+        if shade is None:
+            axis.text(x, y, text, weight="bold")
+            continue
+        # Light enough that black text is legible at a shade of 1, in print too
+        box = {"facecolor": (1 - 0.75 * shade, 1 - 0.5 * shade, 1 - 0.15 * shade), "lw": 0.3}
+        axis.text(x, y, text, family="monospace", bbox=box | {"pad": 1.5}, va="center")
+        axis.text(x, y - 0.8, mark, va="center", fontsize=7)
+    return fig
+
+
+def plot_matrix(values: np.ndarray, rows: list[str], columns: list[str], label: str):
+    """A number in each cell, on a background that is darker, the larger it is."""
+    height, width = values.shape
+    fig = load_pyplot().Figure(figsize=(2.4 + 0.42 * width, 0.8 + 0.3 * height), facecolor="white")
+    axis = fig.add_subplot()
+    axis.imshow(values, cmap="Blues", vmax=1.3 * values.max(), aspect="auto")
+    for i, j in np.ndindex(*values.shape):
+        axis.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", fontsize=6)
+    axis.set_xticks(range(width), columns, rotation=45, ha="right", rotation_mode="anchor")
+    axis.set_yticks(range(height), rows)
+    axis.grid(visible=False)
+    axis.set_title(label, fontsize=8)
+    fig.tight_layout()
+    return fig
+
+
+# ------------------------------------------------------------------------------------------------
 # Command line
 
 
