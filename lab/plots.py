@@ -11,10 +11,12 @@ lab/analysis.py and lab/report.py use them.
 Shapes: P pairs of sentences.
 """
 
+import contextlib
 import io
 import itertools
 import json
 import re
+import threading
 from html import escape
 from pathlib import Path
 
@@ -186,6 +188,32 @@ def plot_tokens(lines: dict[str, list[tuple[str, float, str]]], columns: int = 1
         axis.text(x, y, text, family="monospace", bbox=box | {"pad": 1.5}, va="center")
         axis.text(x, y - 0.8, mark, va="center", fontsize=7)
     return fig
+
+
+@contextlib.contextmanager
+def following(folder: str, field: str, seconds: float = 2.0):
+    """In a notebook: the curve of a field of the run in `folder`, drawn again as the run goes on."""
+    from IPython.display import display
+
+    log, done = Path(folder) / "log.jsonl", threading.Event()
+
+    def draw():
+        rows = read_log(log) if log.is_file() else []
+        return plot_curves([field], [mean_curve([rows], field)])
+
+    def draw_again() -> None:
+        while not done.wait(seconds):
+            handle.update(draw())
+
+    handle = display(draw(), display_id=True)
+    thread = threading.Thread(target=draw_again, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        handle.update(draw())
 
 
 def plot_matrix(values: np.ndarray, rows: list[str], columns: list[str], label: str):
