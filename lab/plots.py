@@ -185,7 +185,8 @@ def plot_tokens(lines: dict[str, list[tuple[str, float, str]]], columns: int = 1
             continue
         # Light enough that black text is legible at a shade of 1, in print too
         box = {"facecolor": (1 - 0.75 * shade, 1 - 0.5 * shade, 1 - 0.15 * shade), "lw": 0.3}
-        axis.text(x, y, text, family="monospace", bbox=box | {"pad": 1.5}, va="center")
+        style = {"family": "monospace", "bbox": box | {"pad": 1.5}, "parse_math": False}
+        axis.text(x, y, text, va="center", **style)
         axis.text(x, y - 0.8, mark, va="center", fontsize=7)
     return fig
 

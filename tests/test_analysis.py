@@ -3,7 +3,11 @@ And lab/plots.py: what is drawn."""
 
 import json
 import math
+import sys
+import threading
+import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -298,3 +302,57 @@ def test_colours_are_readable_on_white_and_on_black():
         light, own, dark = (luminance(c) + 0.05 for c in ("#fdfdfb", colour, "#16181c"))
         assert light / own >= 3 and own / dark >= 3, colour
     assert len(set(plots.COLOURS)) == len(set(plots.DASHES)) == 8
+
+
+# ------------------------------------------------------------------------------------------------
+# What the notebook draws
+
+
+def test_tokens_do_not_overlap_and_stay_on_the_page():
+    rng = np.random.default_rng(0)
+    words = ["a" * int(n) for n in rng.integers(1, 12, 40)] + ["漢字", "##s", "[MASK]", "$x$"]
+    tokens = [(word, float(rng.random()), rng.choice(["", "false alarm"])) for word in words]
+    words += ["$\\frac$"]  # not read as a formula
+    tokens.append((words[-1], 1.0, ""))
+    fig = plots.plot_tokens({"a title": tokens, "another": tokens[:3]})
+    fig.canvas.draw()
+    boxes = [text.get_window_extent() for text in fig.axes[0].texts]
+    texts = [text.get_text() for text in fig.axes[0].texts]
+    assert [t for t in texts if t and t != "false alarm"] == [
+        "a title",
+        *words,
+        "another",
+        *words[:3],
+    ]
+    assert all(box.x1 <= fig.bbox.x1 and fig.bbox.y0 <= box.y0 for box in boxes)
+    monospace = [b for b, t in zip(boxes, fig.axes[0].texts) if t.get_family() == ["monospace"]]
+    for i, one in enumerate(monospace):
+        assert not any(one.overlaps(other) for other in monospace[i + 1 :])
+
+
+def test_a_matrix_has_its_numbers_in_the_cells():
+    values = np.array([[1.0, -0.25], [0.333, 0.5]])
+    (axis,) = plots.plot_matrix(values, ["a", "b"], ["c", "d"], "a title").axes
+    cells = {text.get_position(): text.get_text() for text in axis.texts}
+    assert cells == {(0, 0): "1.00", (1, 0): "-0.25", (0, 1): "0.33", (1, 1): "0.50"}
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["c", "d"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["a", "b"]
+    assert axis.get_title() == "a title"
+
+
+def test_a_run_is_followed_while_it_goes_on(tmp_path, monkeypatch):
+    """In place of IPython's display. The last curve is drawn even after an error."""
+    shown = []
+    update = lambda fig: shown.append(fig.axes[0].lines[0].get_xydata().tolist())  # noqa: E731
+    handle = SimpleNamespace(update=update)
+    display = lambda fig, display_id: update(fig) or handle  # noqa: E731
+    monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
+    with pytest.raises(ZeroDivisionError), plots.following(str(tmp_path), "score", 0.01):
+        write_log(tmp_path / "log.jsonl", [{"step": 0, "score": 70}])
+        while [[0, 70]] not in shown:
+            time.sleep(0.01)
+        write_log(tmp_path / "log.jsonl", [{"step": 0, "score": 70}, {"step": 10, "score": 71}])
+        raise ZeroDivisionError
+    assert shown[0] == [] and shown[-1] == [[0, 70], [10, 71]]
+    assert threading.active_count() == 1 or "draw_again" not in str(threading.enumerate())

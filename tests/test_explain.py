@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import diffcse
-from data import Batch, mask_tokens
+from bert import load_bert
+from data import Batch, Tokenizer, mask_tokens
 from diffcse import PRESETS, Config, DiffCSEModel, derive_seed
 from engine import cli, fast
 from engine.checkpoint import load_state, load_state_dict
@@ -140,3 +141,59 @@ def test_the_next_step_of_a_stopped_run(train_tiny, tmp_path, monkeypatch):
     (out / "state.safetensors").unlink()
     with pytest.raises(UserError, match="no saved step. A finished run keeps its encoder only"):
         explain.explain(cfg, "the cat sleeps")
+
+
+# ------------------------------------------------------------------------------------------------
+# What the notebook draws
+
+
+def test_attention_to_first_is_transformers():
+    """With the embedding of [CLS] in place of itself. Rows of different lengths."""
+    transformers = pytest.importorskip("transformers", reason="pip install -r requirements-dev.txt")
+    folder = Path(explain.__file__).parents[1] / "assets" / "small-bert"
+    bert, tokenizer = load_bert(folder).eval(), Tokenizer(folder)
+    theirs = transformers.BertModel.from_pretrained(folder, attn_implementation="eager").eval()
+    rows = tokenizer([PLAIN, LONG, "x"], 32)
+    mask = torch.zeros(3, max(map(len, rows)), dtype=torch.bool)
+    ids = torch.zeros_like(mask, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), True
+    with torch.no_grad():
+        attentions = theirs(ids, mask.long(), output_attentions=True).attentions
+        found = explain.attention_to_first(bert, ids, mask, bert.embeddings(ids)[:, 0])
+    expected = torch.stack(attentions)[..., 0].mean(2)  # (L, R, T)
+    assert found.shape == (4, *ids.shape)
+    assert torch.allclose(found[:, mask], expected[:, mask], atol=1e-5)
+
+
+@pytest.mark.parametrize("sentence", [PLAIN, "cat", "東京 は 雨", LONG * 3])
+def test_edit_as_tokens(sentence):
+    """Each line has the row's tokens; marks follow from the labels and the probabilities."""
+    model, _ = explain.load_model(DEMO)
+    texts, batch = explain.make_batch(model, sentence)
+    assert texts[0] == " ".join(sentence.split()) and batch.x.shape[0] == 2 * len(texts)
+    h = model.projector(model.encoder(batch.x, batch.mask)[:, 0])
+    torch.manual_seed(0)
+    lines = explain.edit_as_tokens(model, h, batch)
+    torch.manual_seed(0)
+    x_edited, replaced = diffcse.edit_sentences(model.generator, batch, model.tokenizer, DEMO)
+    T = int(batch.mask[0].sum())
+    original, masked, edited = lines.values()
+    assert len(original) == len(masked) == len(edited) == T <= 32
+    words = [
+        [explain.token(model.tokenizer, int(i)) for i in ids[0, :T]] for ids in (batch.x, x_edited)
+    ]
+    assert [text for text, *_ in original] == words[0]
+    assert [text for text, *_ in edited] == ["h", *words[1][1:]]
+    assert [shade for _, shade, _ in masked] == batch.selected[0, :T].float().tolist()
+    for (_, p, mark), label in zip(edited, replaced[0, :T].tolist()):
+        assert mark == {(1, 1): "found", (1, 0): "missed", (0, 1): "false alarm"}.get(
+            (int(label), int(p > 0.5)), ""
+        )
+
+
+@pytest.mark.parametrize("sentence", ["", "  \n "])
+def test_an_empty_sentence_is_refused(sentence):
+    model, _ = explain.load_model(DEMO)
+    with pytest.raises(UserError, match="the sentence is empty"):
+        explain.make_batch(model, sentence)
