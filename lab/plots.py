@@ -193,7 +193,7 @@ def plot_tokens(lines: dict[str, list[tuple[str, float, str]]], columns: int = 1
 
 @contextlib.contextmanager
 def following(folder: str, field: str, seconds: float = 2.0):
-    """In a notebook: the curve of a field of the run in `folder`, drawn again as the run goes on."""
+    """In a notebook: the curve of a field of the run in `folder`, drawn again as it goes on."""
     from IPython.display import display
 
     log, done = Path(folder) / "log.jsonl", threading.Event()
