@@ -16,13 +16,14 @@ import io
 import itertools
 import json
 import re
+import sys
 import threading
 from html import escape
 from pathlib import Path
 
 import numpy as np
 
-from bert import read_json
+from bert import ModelError, read_json
 from data import read_lines
 from engine.cli import Parser
 from engine.errors import UserError, run_main
@@ -191,6 +192,33 @@ def plot_tokens(lines: dict[str, list[tuple[str, float, str]]], columns: int = 1
     return fig
 
 
+def plot_matrix(values: np.ndarray, rows: list[str], columns: list[str], label: str):
+    """A number in each cell, on a background that is darker, the larger it is."""
+    values = np.asarray(values)
+    height, width = values.shape
+    fig = load_pyplot().Figure(figsize=(2.4 + 0.42 * width, 0.8 + 0.3 * height), facecolor="white")
+    axis = fig.add_subplot()
+    axis.imshow(values, cmap="Blues", vmax=1.3 * values.max(), aspect="auto")
+    for i, j in np.ndindex(*values.shape):
+        axis.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", fontsize=6)
+    axis.set_xticks(range(width), columns, rotation=45, ha="right", rotation_mode="anchor")
+    axis.set_yticks(range(height), rows)
+    axis.grid(visible=False)
+    axis.set_title(label, fontsize=8)
+    fig.tight_layout()
+    return fig
+
+
+def plain_errors() -> None:
+    """In a notebook: a user's mistake is one line, not a traceback."""
+    from IPython import get_ipython
+
+    def show(shell, kind, error, traceback, tb_offset=None) -> None:
+        print(f"error: {error}", file=sys.stderr)
+
+    get_ipython().set_custom_exc((UserError, ModelError), show)
+
+
 @contextlib.contextmanager
 def following(folder: str, field: str, seconds: float = 2.0):
     """In a notebook: the curve of a field of the run in `folder`, drawn again as it goes on."""
@@ -215,22 +243,6 @@ def following(folder: str, field: str, seconds: float = 2.0):
         done.set()
         thread.join()
         handle.update(draw())
-
-
-def plot_matrix(values: np.ndarray, rows: list[str], columns: list[str], label: str):
-    """A number in each cell, on a background that is darker, the larger it is."""
-    height, width = values.shape
-    fig = load_pyplot().Figure(figsize=(2.4 + 0.42 * width, 0.8 + 0.3 * height), facecolor="white")
-    axis = fig.add_subplot()
-    axis.imshow(values, cmap="Blues", vmax=1.3 * values.max(), aspect="auto")
-    for i, j in np.ndindex(*values.shape):
-        axis.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", fontsize=6)
-    axis.set_xticks(range(width), columns, rotation=45, ha="right", rotation_mode="anchor")
-    axis.set_yticks(range(height), rows)
-    axis.grid(visible=False)
-    axis.set_title(label, fontsize=8)
-    fig.tight_layout()
-    return fig
 
 
 # ------------------------------------------------------------------------------------------------

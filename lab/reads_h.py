@@ -106,8 +106,11 @@ class ReadsHModel(AblationModel):
         return super().difference_loss(h, batch)
 
 
-def main() -> None:
-    name, cfg = cli.parse(ReadsHConfig, PRESETS)
+def run(cfg: ReadsHConfig, name: str) -> tuple[dict, ReadsHModel]:
+    """train, with the model after its last step. With only_d, D is written to D_FILE.
+
+    Raises: UserError, as train.
+    """
     made = []
 
     class Kept(ReadsHModel):
@@ -116,11 +119,18 @@ def main() -> None:
             made.append(super().from_pretrained(cfg))
             return made[-1]
 
-    folder = Path(train(cfg, name, Kept)["folder"])  # after a kill from here on, start again
-    if cfg.only_d:
-        with atomic_file(folder / D_FILE) as path:
+    results = train(cfg, name, Kept)
+    if cfg.only_d:  # after a kill from here on, start again
+        with atomic_file(Path(results["folder"]) / D_FILE) as path:
             write_safetensors(path, made[-1].d_tensors())
-        print(f"The discriminator is in {folder / D_FILE}")
+    return results, made[-1]
+
+
+def main() -> None:
+    name, cfg = cli.parse(ReadsHConfig, PRESETS)
+    results, _ = run(cfg, name)
+    if cfg.only_d:
+        print(f"The discriminator is in {Path(results['folder']) / D_FILE}")
 
 
 if __name__ == "__main__":

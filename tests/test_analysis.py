@@ -346,7 +346,9 @@ def test_a_run_is_followed_while_it_goes_on(tmp_path, monkeypatch):
     update = lambda fig: shown.append(fig.axes[0].lines[0].get_xydata().tolist())  # noqa: E731
     handle = SimpleNamespace(update=update)
     display = lambda fig, display_id: update(fig) or handle  # noqa: E731
-    monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
+    ipython = ModuleType("IPython")
+    ipython.version_info = (9, 0)  # matplotlib reads it
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
     monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
     with pytest.raises(ZeroDivisionError), plots.following(str(tmp_path), "score", 0.01):
         write_log(tmp_path / "log.jsonl", [{"step": 0, "score": 70}])

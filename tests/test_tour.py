@@ -1,0 +1,128 @@
+"""exercises/tour.ipynb: each cell runs, and its stored outputs are those of this code."""
+
+import ast
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from conftest import ROOT
+
+TOUR = ROOT / "exercises" / "tour.ipynb"
+STEPS = 4
+
+
+def code_cells() -> list[dict]:
+    cells = json.loads(TOUR.read_text())["cells"]
+    return [cell | {"source": "".join(cell["source"])} for cell in cells if "outputs" in cell]
+
+
+def stored_text(cell: dict) -> str:
+    streams = [o for o in cell["outputs"] if o.get("name") == "stdout"]
+    return "".join("".join(output["text"]) for output in streams)
+
+
+def run_cells() -> None:
+    """In the test's subprocess: run the cells as Jupyter would, with a stand-in for IPython.
+
+    Prints JSON: what each cell prints, how many figures it draws, and its seconds.
+    """
+    import contextlib
+    import time
+
+    drawn = []
+
+    def draw(figure) -> None:
+        figure.savefig(io.BytesIO(), format="png")
+        drawn.append(figure)
+
+    display = lambda figure, display_id: SimpleNamespace(update=draw)  # noqa: E731
+    shell = SimpleNamespace(set_custom_exc=lambda kinds, handler: None)
+    ipython = sys.modules["IPython"] = ModuleType("IPython")
+    ipython.get_ipython, ipython.version_info = lambda: shell, (9, 0)  # matplotlib reads it
+    sys.modules["IPython.display"] = SimpleNamespace(display=display)
+    names, results = {"__name__": "__main__"}, []
+    for cell in code_cells():
+        source = re.sub(r"^STEPS = \d+", f"STEPS = {STEPS}", cell["source"], flags=re.M)
+        tree, last = ast.parse(source.replace("%matplotlib inline", "")), None
+        if isinstance(tree.body[-1], ast.Expr):
+            last = ast.Expression(tree.body.pop().value)
+        started, before, out = time.perf_counter(), len(drawn), io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(compile(tree, "cell", "exec"), names)
+            value = eval(compile(last, "cell", "eval"), names) if last else None
+            if hasattr(value, "savefig"):
+                draw(value)
+        seconds = time.perf_counter() - started
+        results.append([out.getvalue(), len(drawn) - before, seconds])
+    print(json.dumps(results))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> list[list]:
+    """In a folder that looks like a clone, so that no run is written to this one."""
+    pytest.importorskip("matplotlib", reason="pip install -r requirements-dev.txt")
+    folder = tmp_path_factory.mktemp("clone")
+    for path in ROOT.iterdir():
+        if path.name not in ("exercises", "runs"):
+            (folder / path.name).symlink_to(path)
+    (folder / "exercises").mkdir()
+    code = "import test_tour; test_tour.run_cells()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder / "exercises",
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_cell_runs_and_draws_what_is_stored(results):
+    cells = code_cells()
+    assert len(results) == len(cells)
+    for cell, (_, figures, _) in zip(cells, results):
+        stored = ["image/png" in output.get("data", {}) for output in cell["outputs"]]
+        assert bool(figures) == any(stored), cell["source"]
+    assert sum(seconds for *_, seconds in results) < 600  # 40 s on two cores: no endless loop
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"-?\d+\.\d+", text)]
+
+
+def test_stored_outputs_are_those_of_this_code(results):
+    """Cells that do not depend on training print the same, to the rounding of another machine."""
+    compared = 0
+    for cell, (printed, *_) in zip(code_cells(), results):
+        if not re.search("importlib|models|readers|runs/tour", cell["source"]):
+            stored = stored_text(cell)
+            assert re.sub(r"[\d.-]+", "", printed) == re.sub(r"[\d.-]+", "", stored)
+            assert numbers(printed) == pytest.approx(numbers(stored), rel=0.02, abs=2e-3)
+            compared += len(numbers(stored))
+    assert compared >= 15
+
+
+def test_the_stored_training_is_the_demo():
+    """Its scores are those of results/demo, which the README shows."""
+    demo = json.loads((ROOT / "results" / "demo" / "seed42" / "results.json").read_text())
+    (train,) = (cell for cell in code_cells() if 'out_dir="runs/tour")' in cell["source"])
+    (plot,) = (cell for cell in code_cells() if "plot_ridges" in cell["source"])
+    text = stored_text(train)
+    for key in ("before", "after"):
+        assert f"{demo[key]['captions-test']:.2f}" in text
+    assert "STEPS = 60" in "".join(cell["source"] for cell in code_cells())
+    assert any("image/png" in output.get("data", {}) for output in plot["outputs"])
+
+
+def test_the_notebook_is_as_it_was_run_from_top_to_bottom():
+    cells = code_cells()
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert TOUR.stat().st_size < 1_000_000
+    text = TOUR.read_text()
+    assert "/home/" not in text and "/tmp/" not in text and "Traceback" not in text
