@@ -28,7 +28,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm  # in a notebook, a widget
 
 from engine import distributed
 from engine.checkpoint import (
