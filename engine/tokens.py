@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm  # in a notebook, a widget
+from tqdm import tqdm
 
 from bert import ModelError, read_safetensors, write_safetensors
 from data import Tokenizer, file_format, read_sentences

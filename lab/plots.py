@@ -220,15 +220,16 @@ def plain_errors() -> None:
 
 
 @contextlib.contextmanager
-def following(folder: str, field: str, seconds: float = 2.0):
-    """In a notebook: the curve of a field of the run in `folder`, drawn again as it goes on."""
+def following(folders: list[str], field: str, seconds: float = 2.0):
+    """In a notebook: the curve of a field of each run, drawn again as the last run goes on."""
     from IPython.display import display
 
-    log, done = Path(folder) / "log.jsonl", threading.Event()
+    done = threading.Event()
 
     def draw():
-        rows = read_log(log) if log.is_file() else []
-        return plot_curves([field], [mean_curve([rows], field)])
+        logs = {folder: Path(folder) / "log.jsonl" for folder in folders}
+        rows = {folder: read_log(log) if log.is_file() else [] for folder, log in logs.items()}
+        return plot_curves(folders, [mean_curve([rows[folder]], field) for folder in folders])
 
     def draw_again() -> None:
         while not done.wait(seconds):

@@ -106,6 +106,7 @@ TABLE_4 = [
     Row("all three", REPLACE | {"edit_with": "all"}, (82.80, 85.92)),
 ]
 TABLE_5 = [
+    SAME_RECIPE,
     Row("DiffCSE with BatchNorm", {}, (84.56, 85.95)),
     Row("DiffCSE without", {"projector": "tanh"}, (83.23, 85.24)),
     Row("SimCSE with BatchNorm", BATCHNORM, (82.22, 85.66)),

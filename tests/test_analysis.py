@@ -350,7 +350,7 @@ def test_a_run_is_followed_while_it_goes_on(tmp_path, monkeypatch):
     ipython.version_info = (9, 0)  # matplotlib reads it
     monkeypatch.setitem(sys.modules, "IPython", ipython)
     monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
-    with pytest.raises(ZeroDivisionError), plots.following(str(tmp_path), "score", 0.01):
+    with pytest.raises(ZeroDivisionError), plots.following([str(tmp_path)], "score", 0.01):
         write_log(tmp_path / "log.jsonl", [{"step": 0, "score": 70}])
         while [[0, 70]] not in shown:
             time.sleep(0.01)
