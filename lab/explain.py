@@ -172,37 +172,35 @@ def describe_difference(model: DiffCSEModel, h: Tensor, batch: Batch) -> tuple[l
     return [before, format_table(head, rows), *after], loss
 
 
-@torch.no_grad()
-def edit_as_tokens(model: DiffCSEModel, h: Tensor, batch: Batch) -> dict[str, list]:
-    """x, x' and x'' of row 0 for plots.plot_tokens. Shapes: h (R, D).
+def edit_as_tokens(
+    tokenizer: Tokenizer, batch: Batch, x_edited: Tensor, replaced: Tensor, p: Tensor
+) -> dict[str, list]:
+    """x, x' and x'' of row 0 for plots.plot_tokens. Shapes: x_edited, replaced, p (R, T).
 
-    Masked tokens are shaded in x'. In x'' the shade is the discriminator's probability of
+    Masked tokens are shaded in x'. In x'' the shade is p, the discriminator's probability of
     "replaced", and a mark says where that is right or wrong: found, missed, false alarm.
     """
-    word, real = partial(token, model.tokenizer), batch.mask[0]
-    x_edited, replaced = edit_sentences(model.generator, batch, model.tokenizer, model.cfg)
-    logits = model.head(model.discriminator(x_edited, batch.mask, cls_vector=h))
-    p = logits[0, real].float().softmax(-1)[:, 1].tolist()
-    replaced = replaced[0, real].tolist()
+    word, real = partial(token, tokenizer), batch.mask[0]
+    rows = (batch.x, batch.x_masked, x_edited, batch.selected, replaced, p)
+    x, x_masked, x_edited, selected, replaced, p = (row[0, real].tolist() for row in rows)
     marks = {(True, True): "found", (True, False): "missed", (False, True): "false alarm"}
     marks = [marks.get((label, q > 0.5), "") for label, q in zip(replaced, p)]
-    x, x_masked, x_edited = (ids[0, real].tolist() for ids in (batch.x, batch.x_masked, x_edited))
-    selected = batch.selected[0, real].tolist()
-    edited = ["h", *map(word, x_edited[1:])]
     return {
-        "x, the sentence": [(word(i), 0.0, "") for i in x],
-        "x', masked": [(word(i), float(is_masked), "") for i, is_masked in zip(x_masked, selected)],
-        "x'', edited; the darker, the likelier replaced": list(zip(edited, p, marks)),
+        "x": [(word(i), 0.0, "") for i in x],
+        "x'": [(word(i), float(is_masked), "") for i, is_masked in zip(x_masked, selected)],
+        "x''": list(zip(["h", *map(word, x_edited[1:])], p, marks)),
     }
 
 
 @torch.no_grad()
 def attention_to_first(bert: Bert, ids: Tensor, mask: Tensor, cls_vector: Tensor) -> Tensor:
-    """How much of its attention each token gives to position 0, mean over the heads.
+    """How much of its attention each token gives to position 0, mean of the heads, no dropout.
 
     Shapes: ids, mask (R, T), cls_vector (R, D) -> (L, R, T) for L layers.
     """
-    states, weights = bert(ids, mask, cls_vector, all_layers=True), []
+    training, weights = bert.training, []
+    states = bert.eval()(ids, mask, cls_vector, all_layers=True)
+    bert.train(training)
     for layer, x in zip(bert.layers, states):
         attention = layer.attention
         q, k = (f(x).unflatten(2, (attention.heads, -1)) for f in (attention.query, attention.key))

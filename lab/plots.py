@@ -105,7 +105,7 @@ def mean_curve(logs: list[list[dict]], field: str) -> dict[str, list]:
     return curve
 
 
-def plot_curves(labels: list[str], curves: list[dict[str, list]]):
+def plot_curves(labels: list[str], curves: list[dict[str, list]], field: str = ""):
     """A line for each of mean_curve's, with a band of one standard deviation."""
     columns = max(1, 40 // max(map(len, labels)))  # of the legend
     fig, ((axis,),) = figure(height=2.2 + 0.2 * len(curves) / columns)
@@ -113,7 +113,7 @@ def plot_curves(labels: list[str], curves: list[dict[str, list]]):
         steps, mean, std = (np.array(curve[name]) for name in ("steps", "mean", "std"))
         (line,) = axis.plot(steps, mean, label=label, marker="." if len(steps) == 1 else "")
         axis.fill_between(steps, mean - std, mean + std, color=line.get_color(), alpha=0.15, lw=0)
-    axis.set_xlabel("steps")
+    axis.set(xlabel="steps", ylabel=field)
     fig.legend(loc="outside upper center", ncols=columns)
     return fig
 
@@ -160,51 +160,55 @@ def plot_ridges(panels: list[Panel], lowest: float = 1):
 # A training step (exercises/tour.ipynb)
 
 
-def plot_tokens(lines: dict[str, list[tuple[str, float, str]]], columns: int = 100):
-    """Tokens as words of a text, one paragraph for each title.
+def plot_tokens(lines: dict[str, list[tuple[str, float, str]]], columns: int = 76):
+    """Versions of a sentence with equally many tokens, one below the other.
 
-    A token is (text, shade, mark): its background is darker, the larger the shade from 0 to 1, and
-    the mark stands above it. They break like words, after `columns` characters.
+    A token is (text, shade, mark). Its background is darker, the larger the shade from 0 to 1,
+    which is printed below it if it is neither; the mark stands above. After `columns` characters
+    all lines break.
     """
-    placed, y = [], 0.0
-    for title, tokens in lines.items():
-        placed.append((0, y, title, None, ""))
-        x, y = 0, y + 1.6
-        for text, shade, mark in tokens:
-            width = max(len(text), 0.8 * len(mark))
-            if x and x + width > columns:
-                x, y = 0, y + 2.2
-            placed.append((x, y, text, shade, mark))
-            x += width + 2
-        y += 2.2
-    fig = load_pyplot().Figure(figsize=(columns / 12, y / 6 + 0.1), facecolor="white")
-    axis = fig.add_axes((0.01, 0, 0.98, 1), xlim=(0, columns + 2), ylim=(y, -1))
+    places, x, block = [], 0.0, 0  # of each token
+    for column in zip(*lines.values(), strict=True):
+        width = max(max(len(text), 0.8 * len(mark)) for text, _, mark in column) + 2
+        if x and x + width > columns:
+            x, block = 0.0, block + 1
+        places.append((x, block))
+        x += width
+    height = 2.6 * len(lines) + 0.6  # of a block
+    size = (columns + 8) / 12, height * (block + 1) / 6
+    fig = load_pyplot().Figure(figsize=size, facecolor="white")
+    limits = {"xlim": (-6, columns + 2), "ylim": (height * (block + 1) - 1.5, -1.5)}
+    axis = fig.add_axes((0, 0, 1, 1), **limits)
     axis.axis("off")
-    for x, y, text, shade, mark in placed:
-        if shade is None:
-            axis.text(x, y, text, weight="bold")
-            continue
-        # Light enough that black text is legible at a shade of 1, in print too
-        box = {"facecolor": (1 - 0.75 * shade, 1 - 0.5 * shade, 1 - 0.15 * shade), "lw": 0.3}
-        style = {"family": "monospace", "bbox": box | {"pad": 1.5}, "parse_math": False}
-        axis.text(x, y, text, va="center", **style)
-        axis.text(x, y - 0.8, mark, va="center", fontsize=7)
+    for i, (title, tokens) in enumerate(lines.items()):
+        for first in range(block + 1):
+            axis.text(-5, first * height + 2.6 * i, title, va="center", weight="bold")
+        for (x, block_of_token), (text, shade, mark) in zip(places, tokens):
+            y = block_of_token * height + 2.6 * i
+            # Light enough that black text is legible at a shade of 1, in print too
+            box = {"facecolor": (1 - 0.75 * shade, 1 - 0.5 * shade, 1 - 0.15 * shade), "lw": 0.3}
+            style = {"family": "monospace", "bbox": box | {"pad": 1.5}, "parse_math": False}
+            axis.text(x, y, text, va="center", **style)
+            axis.text(x, y - 1, mark, va="center", fontsize=7)
+            axis.text(x, y + 1, f"{shade:.2f}" * (0 < shade < 1), va="center", fontsize=6)
     return fig
 
 
-def plot_matrix(values: np.ndarray, rows: list[str], columns: list[str], label: str):
-    """A number in each cell, on a background that is darker, the larger it is."""
+def plot_matrix(
+    values: np.ndarray, rows: list[str], columns: list[str], title: str, darkest: float = 1
+):
+    """A number in each cell, on a background that is darker, the larger it is, up to `darkest`."""
     values = np.asarray(values)
     height, width = values.shape
     fig = load_pyplot().Figure(figsize=(2.4 + 0.42 * width, 0.8 + 0.3 * height), facecolor="white")
     axis = fig.add_subplot()
-    axis.imshow(values, cmap="Blues", vmax=1.3 * values.max(), aspect="auto")
+    axis.imshow(values, cmap="Blues", vmin=0, vmax=1.5 * darkest, aspect="auto")
     for i, j in np.ndindex(*values.shape):
         axis.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", fontsize=6)
     axis.set_xticks(range(width), columns, rotation=45, ha="right", rotation_mode="anchor")
     axis.set_yticks(range(height), rows)
     axis.grid(visible=False)
-    axis.set_title(label, fontsize=8)
+    axis.set_title(title, fontsize=8)
     fig.tight_layout()
     return fig
 
@@ -220,16 +224,16 @@ def plain_errors() -> None:
 
 
 @contextlib.contextmanager
-def following(folders: list[str], field: str, seconds: float = 2.0):
-    """In a notebook: the curve of a field of each run, drawn again as the last run goes on."""
+def following(folders: dict[str, str], field: str, seconds: float = 2.0):
+    """In a notebook: a curve of a field for each label's run, drawn again as the runs go on."""
     from IPython.display import display
 
     done = threading.Event()
 
     def draw():
-        logs = {folder: Path(folder) / "log.jsonl" for folder in folders}
-        rows = {folder: read_log(log) if log.is_file() else [] for folder, log in logs.items()}
-        return plot_curves(folders, [mean_curve([rows[folder]], field) for folder in folders])
+        logs = [Path(folder) / "log.jsonl" for folder in folders.values()]
+        curves = [mean_curve([read_log(log)] if log.is_file() else [], field) for log in logs]
+        return plot_curves(list(folders), curves, field)
 
     def draw_again() -> None:
         while not done.wait(seconds):

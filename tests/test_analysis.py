@@ -308,26 +308,34 @@ def test_colours_are_readable_on_white_and_on_black():
 # What the notebook draws
 
 
-def test_tokens_do_not_overlap_and_stay_on_the_page():
+def test_tokens_are_aligned_do_not_overlap_and_stay_on_the_page():
     rng = np.random.default_rng(0)
-    words = ["a" * int(n) for n in rng.integers(1, 12, 40)] + ["漢字", "##s", "[MASK]", "$x$"]
+    words = ["a" * int(n) for n in rng.integers(1, 12, 40)]
+    words += ["漢字", "##s", "[MASK]", "$x$", "$\\frac$"]  # not read as a formula
     tokens = [(word, float(rng.random()), rng.choice(["", "false alarm"])) for word in words]
-    words += ["$\\frac$"]  # not read as a formula
-    tokens.append((words[-1], 1.0, ""))
-    fig = plots.plot_tokens({"a title": tokens, "another": tokens[:3]})
+    others = [("b", float(i % 2), "") for i in range(len(words))]
+    fig = plots.plot_tokens({"one": tokens, "two": others})
     fig.canvas.draw()
-    boxes = [text.get_window_extent() for text in fig.axes[0].texts]
-    texts = [text.get_text() for text in fig.axes[0].texts]
-    assert [t for t in texts if t and t != "false alarm"] == [
-        "a title",
-        *words,
-        "another",
-        *words[:3],
-    ]
-    assert all(box.x1 <= fig.bbox.x1 and fig.bbox.y0 <= box.y0 for box in boxes)
-    monospace = [b for b, t in zip(boxes, fig.axes[0].texts) if t.get_family() == ["monospace"]]
-    for i, one in enumerate(monospace):
-        assert not any(one.overlaps(other) for other in monospace[i + 1 :])
+    texts = {True: [], False: []}  # tokens, and titles, marks and numbers
+    for text in fig.axes[0].texts:
+        texts[text.get_family() == ["monospace"]].append(text)
+    assert [text.get_text() for text in texts[True]] == words + ["b"] * len(words)
+    rest = [text.get_text() for text in texts[False] if text.get_text()]
+    blocks = rest.count("one")
+    assert blocks == rest.count("two") > 1
+    assert [t for t in rest if t == "false alarm"] == [mark for *_, mark in tokens if mark]
+    assert [t for t in rest if t[0].isdigit()] == [f"{shade:.2f}" for _, shade, _ in tokens]
+    boxes = [text.get_window_extent() for text in texts[True]]
+    for text in fig.axes[0].texts:
+        box = text.get_window_extent()
+        assert not text.get_text() or (0 <= box.x0 and box.x1 <= fig.bbox.x1)
+        assert not text.get_text() or (0 <= box.y0 and box.y1 <= fig.bbox.y1)
+    for i, one in enumerate(boxes):
+        assert not any(one.overlaps(other) for other in boxes[i + 1 :])
+        if i < len(words):
+            assert abs(one.x0 - boxes[i + len(words)].x0) < 1
+    with pytest.raises(ValueError):
+        plots.plot_tokens({"one": tokens, "two": others[1:]})
 
 
 def test_a_matrix_has_its_numbers_in_the_cells():
@@ -350,7 +358,7 @@ def test_a_run_is_followed_while_it_goes_on(tmp_path, monkeypatch):
     ipython.version_info = (9, 0)  # matplotlib reads it
     monkeypatch.setitem(sys.modules, "IPython", ipython)
     monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
-    with pytest.raises(ZeroDivisionError), plots.following([str(tmp_path)], "score", 0.01):
+    with pytest.raises(ZeroDivisionError), plots.following({"run": str(tmp_path)}, "score", 0.01):
         write_log(tmp_path / "log.jsonl", [{"step": 0, "score": 70}])
         while [[0, 70]] not in shown:
             time.sleep(0.01)

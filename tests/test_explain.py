@@ -160,7 +160,9 @@ def test_attention_to_first_is_transformers():
         ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), True
     with torch.no_grad():
         attentions = theirs(ids, mask.long(), output_attentions=True).attentions
-        found = explain.attention_to_first(bert, ids, mask, bert.embeddings(ids)[:, 0])
+        cls = bert.embeddings(ids)[:, 0]
+        found = explain.attention_to_first(bert.train(), ids, mask, cls)  # without dropout
+    assert bert.training
     expected = torch.stack(attentions)[..., 0].mean(2)  # (L, R, T)
     assert found.shape == (4, *ids.shape)
     assert torch.allclose(found[:, mask], expected[:, mask], atol=1e-5)
@@ -172,23 +174,21 @@ def test_edit_as_tokens(sentence):
     model, _ = explain.load_model(DEMO)
     texts, batch = explain.make_batch(model, sentence)
     assert texts[0] == " ".join(sentence.split()) and batch.x.shape[0] == 2 * len(texts)
-    h = model.projector(model.encoder(batch.x, batch.mask)[:, 0])
-    torch.manual_seed(0)
-    lines = explain.edit_as_tokens(model, h, batch)
-    torch.manual_seed(0)
     x_edited, replaced = diffcse.edit_sentences(model.generator, batch, model.tokenizer, DEMO)
+    p = torch.rand(x_edited.shape)
+    lines = explain.edit_as_tokens(model.tokenizer, batch, x_edited, replaced, p)
     T = int(batch.mask[0].sum())
-    original, masked, edited = lines.values()
-    assert len(original) == len(masked) == len(edited) == T <= 32
-    words = [
-        [explain.token(model.tokenizer, int(i)) for i in ids[0, :T]] for ids in (batch.x, x_edited)
-    ]
-    assert [text for text, *_ in original] == words[0]
-    assert [text for text, *_ in edited] == ["h", *words[1][1:]]
-    assert [shade for _, shade, _ in masked] == batch.selected[0, :T].float().tolist()
-    for (_, p, mark), label in zip(edited, replaced[0, :T].tolist()):
+    assert list(lines) == ["x", "x'", "x''"] and {len(tokens) for tokens in lines.values()} == {T}
+    assert T <= 32
+    for tokens, ids in zip(lines.values(), (batch.x, batch.x_masked, x_edited)):
+        words = [explain.token(model.tokenizer, int(i)) for i in ids[0, :T]]
+        assert [text for text, *_ in tokens][1:] == words[1:]
+    assert [tokens[0][0] for tokens in lines.values()] == ["[CLS]", "[CLS]", "h"]
+    assert [shade for _, shade, _ in lines["x'"]] == batch.selected[0, :T].float().tolist()
+    assert [shade for _, shade, _ in lines["x''"]] == p[0, :T].tolist()
+    for (_, q, mark), label in zip(lines["x''"], replaced[0, :T].tolist()):
         assert mark == {(1, 1): "found", (1, 0): "missed", (0, 1): "false alarm"}.get(
-            (int(label), int(p > 0.5)), ""
+            (int(label), int(q > 0.5)), ""
         )
 
 

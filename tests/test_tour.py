@@ -3,6 +3,7 @@
 import ast
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -29,7 +30,8 @@ def stored_text(cell: dict) -> str:
 def run_cells() -> None:
     """In the test's subprocess: run the cells as Jupyter would, with a stand-in for IPython.
 
-    Prints JSON: what each cell prints, how many figures it draws, and its seconds.
+    Prints JSON: of each cell what it prints, how many figures it draws, and its seconds; and the
+    contrastive loss at a temperature of 1.
     """
     import contextlib
     import time
@@ -59,11 +61,12 @@ def run_cells() -> None:
                 draw(value)
         seconds = time.perf_counter() - started
         results.append([out.getvalue(), len(drawn) - before, seconds])
-    print(json.dumps(results))
+    loss, _ = names["contrastive_loss"](names["views"], 1.0)
+    print(json.dumps([results, loss.item()]))
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> list[list]:
+def ran(tmp_path_factory) -> tuple[list[list], float]:
     """In a folder that looks like a clone, so that no run is written to this one."""
     pytest.importorskip("matplotlib", reason="pip install -r requirements-dev.txt")
     folder = tmp_path_factory.mktemp("clone")
@@ -83,6 +86,11 @@ def results(tmp_path_factory) -> list[list]:
     return json.loads(done.stdout)
 
 
+@pytest.fixture
+def results(ran) -> list[list]:
+    return ran[0]
+
+
 def test_every_cell_runs_and_draws_what_is_stored(results):
     cells = code_cells()
     assert len(results) == len(cells)
@@ -100,12 +108,20 @@ def test_stored_outputs_are_those_of_this_code(results):
     """Cells that do not depend on training print the same, to the rounding of another machine."""
     compared = 0
     for cell, (printed, *_) in zip(code_cells(), results):
-        if not re.search("importlib|models|readers|runs/tour", cell["source"]):
+        if not re.search("importlib|models|readers|runs/tour|DiffCSE", cell["source"]):
             stored = stored_text(cell)
             assert re.sub(r"[\d.-]+", "", printed) == re.sub(r"[\d.-]+", "", stored)
             assert numbers(printed) == pytest.approx(numbers(stored), rel=0.02, abs=2e-3)
             compared += len(numbers(stored))
     assert compared >= 15
+
+
+def test_the_numbers_of_the_text(ran):
+    """Of the answer on the temperature, for the sentence that is there."""
+    text = "".join("".join(cell["source"]) for cell in json.loads(TOUR.read_text())["cells"])
+    lowest = math.log(1 + 7 / math.e**2)  # the right view at a cosine of 1, the others at -1
+    assert f"it is {ran[1]:.2f} at a temperature of 1" in text
+    assert f"(log 8 = {math.log(8):.2f})" in text and f"log(1 + 7/e²) = {lowest:.2f}" in text
 
 
 def test_the_stored_training_is_the_demo():
