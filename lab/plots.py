@@ -28,7 +28,6 @@ from data import read_lines
 from engine.cli import Parser
 from engine.errors import UserError, run_main
 
-RESULTS = Path(__file__).parent.parent / "results"
 WIDTH = 3.3  # inches: a column of a two-column paper
 COLOURS = "#2a7ab8 #d0600f #17936f #b8529b #8d7416 #d23b52 #7a6fd0 #7f7f7f".split()  # on any page
 DASHES = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2), (9, 3), (3, 1, 1, 1), (1, 3), (12, 2, 3, 2))
