@@ -6,7 +6,7 @@
 
 The first draws a run, the second each group of runs of `lab.report --json`, the third their last
 values. A .png and a .svg are written. The functions plot_* take data and return a figure;
-lab/analysis.py and lab/report.py use them.
+lab/analysis.py, lab/report.py and exercises/tour.ipynb use them.
 
 Shapes: P pairs of sentences.
 """
