@@ -175,7 +175,7 @@ def plot_tokens(lines: dict[str, list[tuple[str, float, str]]], columns: int = 7
         x += width
     height = 2.6 * len(lines) + 0.6  # of a block
     size = (columns + 8) / 12, height * (block + 1) / 6
-    fig = load_pyplot().Figure(figsize=size, facecolor="white")
+    fig = load_pyplot().Figure(figsize=size)
     limits = {"xlim": (-6, columns + 2), "ylim": (height * (block + 1) - 1.5, -1.5)}
     axis = fig.add_axes((0, 0, 1, 1), **limits)
     axis.axis("off")
@@ -199,7 +199,7 @@ def plot_matrix(
     """A number in each cell, on a background that is darker, the larger it is, up to `darkest`."""
     values = np.asarray(values)
     height, width = values.shape
-    fig = load_pyplot().Figure(figsize=(2.4 + 0.42 * width, 0.8 + 0.3 * height), facecolor="white")
+    fig = load_pyplot().Figure(figsize=(2.4 + 0.42 * width, 0.8 + 0.3 * height))
     axis = fig.add_subplot()
     axis.imshow(values, cmap="Blues", vmin=0, vmax=1.5 * darkest, aspect="auto")
     for i, j in np.ndindex(*values.shape):

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -74,6 +75,13 @@ def made(tmp_path_factory) -> Path:
                 ["header", *(f"{i}\t{a}\t{b}\t{s}\tNEUTRAL" for i, (a, b, s) in enumerate(rows))],
             )
     return root
+
+
+def fake_ipython(display, shell=None) -> dict:
+    """For sys.modules, in place of IPython and its display function."""
+    ipython = ModuleType("IPython")
+    ipython.get_ipython, ipython.version_info = lambda: shell, (9, 0)  # matplotlib reads it
+    return {"IPython": ipython, "IPython.display": SimpleNamespace(display=display)}
 
 
 # ------------------------------------------------------------------------------------------------

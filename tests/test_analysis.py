@@ -7,14 +7,15 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, fake_ipython
 from scipy.stats import binned_statistic
 
 import eval_sts
+from bert import ModelError
 from embed import DiffCSE, l2_normalize
 from engine.errors import UserError
 from lab import analysis, plots
@@ -354,10 +355,8 @@ def test_a_run_is_followed_while_it_goes_on(tmp_path, monkeypatch):
     update = lambda fig: shown.append(fig.axes[0].lines[0].get_xydata().tolist())  # noqa: E731
     handle = SimpleNamespace(update=update)
     display = lambda fig, display_id: update(fig) or handle  # noqa: E731
-    ipython = ModuleType("IPython")
-    ipython.version_info = (9, 0)  # matplotlib reads it
-    monkeypatch.setitem(sys.modules, "IPython", ipython)
-    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
+    for name, module in fake_ipython(display).items():
+        monkeypatch.setitem(sys.modules, name, module)
     with pytest.raises(ZeroDivisionError), plots.following({"run": str(tmp_path)}, "score", 0.01):
         write_log(tmp_path / "log.jsonl", [{"step": 0, "score": 70}])
         while [[0, 70]] not in shown:
@@ -366,3 +365,16 @@ def test_a_run_is_followed_while_it_goes_on(tmp_path, monkeypatch):
         raise ZeroDivisionError
     assert shown[0] == [] and shown[-1] == [[0, 70], [10, 71]]
     assert threading.active_count() == 1 or "draw_again" not in str(threading.enumerate())
+
+
+def test_errors_in_a_notebook_are_one_line(monkeypatch, capsys):
+    handlers = {}
+    shell = SimpleNamespace(
+        set_custom_exc=lambda kinds, show: handlers.update(dict.fromkeys(kinds, show))
+    )
+    for name, module in fake_ipython(None, shell).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    plots.plain_errors()
+    assert handlers.keys() == {UserError, ModelError}
+    handlers[UserError](shell, UserError, UserError("the sentence is empty"), None, tb_offset=1)
+    assert capsys.readouterr().err == "error: the sentence is empty\n"
